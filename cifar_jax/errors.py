@@ -1,0 +1,56 @@
+"""Errors a user can cause and mend, and the one way names are looked up in registries."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+class UserError(Exception):
+    """A mistake the user can mend.
+
+    The message is one line that says what is wrong and what to do. Entry points print it to
+    stderr as `error: <message>` and exit with status 2; library callers catch it.
+    """
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """Returns `valid: a, b, c` with a `did you mean` in front where one name is close."""
+    names = sorted(valid)
+    close = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return f"{hint}valid: {', '.join(names)}"
+
+
+def lookup(registry: Mapping[str, T], name: str, kind: str) -> T:
+    """Returns `registry[name]`.
+
+    Raises:
+      UserError: the name is unknown; the message lists the valid names and the nearest one.
+    """
+    try:
+        return registry[name]
+    except KeyError:
+        raise UserError(f"unknown {kind} {name!r}; {nearest(name, registry)}") from None
+
+
+def run_command(main: Callable[[], None]) -> int:
+    """Runs an entry point and returns its exit status: 0, or 2 with one line on stderr.
+
+    Anything that is not a `UserError` is a defect of ours and keeps its traceback.
+    """
+    try:
+        main()
+    except UserError as error:
+        message = " ".join(str(error).split())
+        print(f"error: {message}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        # The reader of a pipe (`| head`) has gone; stdout must not be flushed again at exit.
+        sys.stdout = None
+        return 0
+    return 0
