@@ -1,0 +1,63 @@
+"""From a recipe to one optax transformation, with PyTorch's meaning of every setting."""
+
+from __future__ import annotations
+
+import optax
+
+from cifar_jax.recipes import Recipe
+
+
+def make_schedule(recipe: Recipe, steps_per_epoch: int) -> optax.Schedule | float:
+    """Returns the learning rate as a function of the step, or a float where it is constant.
+
+    `cosine` falls from the peak to 0 over the run; `onecycle` is optax's cosine one-cycle (30 %
+    of the run up from peak/25, then down to peak/10,000 of that, as in PyTorch's OneCycleLR);
+    `step` multiplies by `step_factor` every `step_epochs`. Warm-up goes linearly from 0 and
+    counts as part of the run (`onecycle` has its own, so it takes none).
+    """
+    total = recipe.epochs * steps_per_epoch
+    warmup = min(round(recipe.warmup_epochs * steps_per_epoch), total)
+    rest = max(total - warmup, 1)
+    peak = recipe.learning_rate
+    if recipe.schedule == "onecycle":
+        return optax.cosine_onecycle_schedule(total, peak)
+    if recipe.schedule == "cosine":
+        main = optax.cosine_decay_schedule(peak, rest)
+    elif recipe.schedule == "step":
+        every = max(round(recipe.step_epochs * steps_per_epoch), 1)
+        boundaries = range(every, total, every)
+        main = optax.piecewise_constant_schedule(peak, {b: recipe.step_factor for b in boundaries})
+    elif warmup:
+        main = optax.constant_schedule(peak)
+    else:
+        return peak
+    if not warmup:
+        return main
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), main], [warmup])
+
+
+def make_optimizer(recipe: Recipe, steps_per_epoch: int) -> optax.GradientTransformation:
+    """Returns clip -> (coupled decay) -> rule -> (decoupled decay) -> -learning rate.
+
+    SGD's momentum buffer and Adam's epsilon are PyTorch's: buf = mu * buf + g, and
+    m_hat / (sqrt(v_hat) + 1e-8).
+    """
+    parts = []
+    if recipe.clip_norm:
+        parts.append(optax.clip_by_global_norm(recipe.clip_norm))
+    if recipe.weight_decay and recipe.optimizer != "adamw":
+        parts.append(optax.add_decayed_weights(recipe.weight_decay))
+    if recipe.optimizer in ("adam", "adamw"):
+        parts.append(optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-8))
+    elif recipe.momentum:
+        parts.append(optax.trace(recipe.momentum, nesterov=recipe.nesterov))
+    if recipe.weight_decay and recipe.optimizer == "adamw":
+        parts.append(optax.add_decayed_weights(recipe.weight_decay))
+    parts.append(optax.scale_by_learning_rate(make_schedule(recipe, steps_per_epoch)))
+    return optax.chain(*parts)
+
+
+def learning_rate(recipe: Recipe, steps_per_epoch: int, step: int) -> float:
+    """Returns the rate that step number `step` (from 0) uses."""
+    schedule = make_schedule(recipe, steps_per_epoch)
+    return float(schedule(step)) if callable(schedule) else float(schedule)

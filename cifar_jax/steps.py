@@ -1,0 +1,225 @@
+"""The steps: pure, undecorated functions from arrays to arrays.
+
+They hold no jit, no mesh and no global state, so the same function runs under jit with
+shardings, pmap, shard_map, vmap and scan; `cifar_jax.parallel` is where that is applied.
+A batch is `{"image": uint8 or float [B, H, W, 3], "label": int32 [B]}` with an optional
+`"mask"` [B] (1 counts, 0 is padding). Metrics are sums under the mask and their count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jax import lax
+
+from cifar_jax import augment as augmentations
+
+Batch = dict[str, jax.Array]
+Metrics = dict[str, jax.Array]
+
+
+@struct.dataclass
+class TrainState:
+    """All that a run carries from one step to the next.
+
+    Attributes:
+      step: int32 scalar, steps done so far.
+      params: float32 weights.
+      batch_stats: running statistics of batch normalisation, {} where there is none.
+      opt_state: of the optax transformation.
+      key: typed PRNG key; step number n draws from `fold_in(key, n)`.
+      ema_params: moving average of the weights, or None.
+    """
+
+    step: jax.Array
+    params: Any
+    batch_stats: Any
+    opt_state: Any
+    key: jax.Array
+    ema_params: Any = None
+
+
+def create_state(
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    key: jax.Array,
+    *,
+    image_shape: tuple[int, int, int] = (32, 32, 3),
+    ema: bool = False,
+) -> TrainState:
+    """Returns the state before the first step.
+
+    Args:
+      key: typed PRNG key; it seeds the weights and every later draw.
+      image_shape: (H, W, C) of the images the model will see.
+      ema: whether to keep a moving average of the weights.
+    """
+    init_key, run_key = jax.random.split(key)
+    variables = model.init(init_key, jnp.zeros((1, *image_shape), jnp.float32))
+    params = variables["params"]
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        batch_stats=variables.get("batch_stats", {}),
+        opt_state=optimizer.init(params),
+        key=run_key,
+        ema_params=jax.tree.map(jnp.copy, params) if ema else None,
+    )
+
+
+def make_preprocess(
+    normalization: str = "half", augment: tuple[str, ...] = (), precision: str = "float32"
+) -> Callable[..., jax.Array]:
+    """Returns `preprocess(images, key=None, first_example=0)`: normalised, and augmented if
+    there is a key."""
+    dtype = jnp.dtype(precision)
+
+    def preprocess(images, key=None, first_example=0):
+        images = augmentations.normalize(images, normalization, dtype)
+        if key is None or not augment:
+            return images
+        return augmentations.augment(images, augment, key, first_example)
+
+    return preprocess
+
+
+def _mask(batch: Batch) -> jax.Array:
+    mask = batch.get("mask")
+    return jnp.ones(batch["label"].shape, jnp.float32) if mask is None else mask.astype(jnp.float32)
+
+
+def cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float = 0.0) -> jax.Array:
+    """Returns softmax cross-entropy in nats, [B], of logits [B, C] and int labels [B].
+
+    With smoothing s the target is (1 - s) one-hot + s / C, as PyTorch's `label_smoothing`.
+    """
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    if smoothing:
+        uniform = -jax.nn.log_softmax(logits).mean(axis=-1)
+        losses = (1 - smoothing) * losses + smoothing * uniform
+    return losses
+
+
+def _sums(logits, labels, mask, losses) -> Metrics:
+    hits = (logits.argmax(axis=-1) == labels).astype(jnp.float32)
+    return {"loss": (losses * mask).sum(), "correct": (hits * mask).sum(), "count": mask.sum()}
+
+
+def train_step(
+    state: TrainState,
+    batch: Batch,
+    *,
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    preprocess: Callable[..., jax.Array] | None = None,
+    label_smoothing: float = 0.0,
+    ema_decay: float = 0.0,
+    axis_name: str | None = None,
+) -> tuple[TrainState, Metrics]:
+    """One optimizer step on the mean loss over the unmasked images of the global batch.
+
+    Args:
+      preprocess: from `make_preprocess`; the default is norm 0.5 without augmentation.
+      axis_name: under pmap or shard_map, the axis the batch is split over: gradients, metrics
+        and random draws are then those of the global batch.
+
+    Returns:
+      The next state, and sums over the global batch: `loss` (nats), `correct`, `count`.
+    """
+    preprocess = preprocess or make_preprocess()
+    key = jax.random.fold_in(state.key, state.step)
+    first_example = jnp.zeros((), jnp.int32)
+    params = state.params
+    if axis_name is not None:
+        first_example = lax.axis_index(axis_name).astype(jnp.int32) * batch["label"].shape[0]
+        # Under shard_map the gradient of a replicated value is summed over the axis already;
+        # marked as varying it stays local, and the one psum below is right everywhere.
+        params = jax.tree.map(lambda p: _varying(p, axis_name), params)
+    images = preprocess(batch["image"], jax.random.fold_in(key, 1), first_example)
+    mask = _mask(batch)
+    count = mask.sum()
+    if axis_name is not None:
+        count = lax.psum(count, axis_name)
+
+    def loss_fn(params):
+        logits, updates = model.apply(
+            {
+                "params": params,
+                "batch_stats": state.batch_stats,
+                "position": {"first_example": first_example},
+            },
+            images,
+            train=True,
+            rngs={"dropout": jax.random.fold_in(key, 0)},
+            mutable=["batch_stats"],
+        )
+        logits = logits.astype(jnp.float32)
+        losses = cross_entropy(logits, batch["label"], label_smoothing)
+        sums = _sums(logits, batch["label"], mask, losses)
+        return sums["loss"] / jnp.maximum(count, 1), (sums, updates.get("batch_stats", {}))
+
+    grads, (sums, batch_stats) = jax.grad(loss_fn, has_aux=True)(params)
+    if axis_name is not None:
+        grads, sums = lax.psum((grads, sums), axis_name)
+        batch_stats = lax.pmean(batch_stats, axis_name)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    ema_params = state.ema_params
+    if ema_params is not None:
+        ema_params = optax.incremental_update(params, ema_params, 1 - ema_decay)
+    state = state.replace(
+        step=state.step + 1,
+        params=params,
+        batch_stats=batch_stats,
+        opt_state=opt_state,
+        ema_params=ema_params,
+    )
+    return state, sums
+
+
+def _varying(x: jax.Array, axis_name: str) -> jax.Array:
+    return x if axis_name in jax.typeof(x).vma else lax.pcast(x, axis_name, to="varying")
+
+
+def inference_variables(state: TrainState) -> dict:
+    """Returns the variables to evaluate: the averaged weights where they are kept."""
+    params = state.params if state.ema_params is None else state.ema_params
+    return {"params": params, "batch_stats": state.batch_stats}
+
+
+def predict_step(
+    variables: dict,
+    images: jax.Array,
+    *,
+    model: nn.Module,
+    preprocess: Callable[..., jax.Array] | None = None,
+) -> jax.Array:
+    """Returns float32 logits [B, C] of images [B, H, W, 3], dropout off."""
+    preprocess = preprocess or make_preprocess()
+    return model.apply(variables, preprocess(images), train=False).astype(jnp.float32)
+
+
+def eval_step(
+    variables: dict,
+    batch: Batch,
+    *,
+    model: nn.Module,
+    preprocess: Callable[..., jax.Array] | None = None,
+    axis_name: str | None = None,
+) -> Metrics:
+    """Returns sums over the unmasked images: `loss` (nats), `correct`, `count`, and `confusion`
+    [C, C] int32, whose entry (i, j) counts images of class i taken for j."""
+    logits = predict_step(variables, batch["image"], model=model, preprocess=preprocess)
+    labels, mask = batch["label"], _mask(batch)
+    sums = _sums(logits, labels, mask, cross_entropy(logits, labels))
+    classes = jnp.arange(logits.shape[-1])
+    is_true = (labels[:, None] == classes[None]) & (mask[:, None] > 0)
+    is_taken = logits.argmax(axis=-1)[:, None] == classes[None]
+    sums["confusion"] = (is_true[:, :, None] & is_taken[:, None, :]).sum(axis=0, dtype=jnp.int32)
+    return sums if axis_name is None else lax.psum(sums, axis_name)

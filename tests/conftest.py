@@ -1,0 +1,35 @@
+"""Every test runs under strict rules and on several CPU devices."""
+
+import os
+import pathlib
+import warnings
+
+os.environ["JAX_PLATFORMS"] = os.environ.get("CIFAR_JAX_TEST_PLATFORM", "cpu")
+_SHARED = pathlib.Path(__file__).resolve().parents[2] / "shared" / "tensorflow_datasets"
+if "TFDS_DATA_DIR" not in os.environ and _SHARED.is_dir():
+    os.environ["TFDS_DATA_DIR"] = str(_SHARED)
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(scope="session")
+def cifar10():
+    """Real CIFAR-10, or a skip that says where it was looked for."""
+    from cifar_jax.datasets import load_dataset
+    from cifar_jax.errors import UserError
+
+    try:
+        return load_dataset("cifar10", download=False, progress=False)
+    except UserError as error:
+        pytest.skip(f"needs real CIFAR-10: {error}")
+
+
+@pytest.fixture(autouse=True)
+def _no_leaked_warning_filters():
+    with warnings.catch_warnings():
+        yield
