@@ -140,7 +140,7 @@ def train_step(
         first_example = lax.axis_index(axis_name).astype(jnp.int32) * batch["label"].shape[0]
         # Under shard_map the gradient of a replicated value is summed over the axis already;
         # marked as varying it stays local, and the one psum below is right everywhere.
-        params = jax.tree.map(lambda p: _varying(p, axis_name), params)
+        params = lax.pcast(params, axis_name, to="varying")
     images = preprocess(batch["image"], jax.random.fold_in(key, 1), first_example)
     mask = _mask(batch)
     count = mask.sum()
@@ -181,10 +181,6 @@ def train_step(
         ema_params=ema_params,
     )
     return state, sums
-
-
-def _varying(x: jax.Array, axis_name: str) -> jax.Array:
-    return x if axis_name in jax.typeof(x).vma else lax.pcast(x, axis_name, to="varying")
 
 
 def inference_variables(state: TrainState) -> dict:
