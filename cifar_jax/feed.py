@@ -1,0 +1,114 @@
+"""How batches reach a step: orders, padding and masks, the resident and the streamed feed.
+
+An order is an int32 matrix [steps, batch] of positions in a data set, -1 for padding. Both
+feeds turn the same order into the same batches: the resident one gathers on the device from
+the whole data set, the streamed one gathers on the host and sends a chunk of steps at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cifar_jax.errors import UserError
+
+FEEDS = ("resident", "stream")
+
+
+def run_keys(seed: int) -> dict[str, jax.Array]:
+    """Returns the typed keys of a run: `state`, `order` and `split`, all from its seed."""
+    base = jax.random.key(seed)
+    return {name: jax.random.fold_in(base, i) for i, name in enumerate(("state", "order", "split"))}
+
+
+def split_indices(key: jax.Array, size: int, fraction: float) -> tuple[np.ndarray, np.ndarray]:
+    """Returns (training, validation) positions, int32: disjoint, together all of 0..size-1.
+
+    Validation holds round(size * fraction) positions drawn at random without replacement.
+
+    Raises:
+      UserError: a split would be empty although a fraction was asked for.
+    """
+    held_out = round(size * fraction)
+    if fraction and not 0 < held_out < size:
+        raise UserError(f"--validation-fraction {fraction:g} of {size} images leaves an empty split")
+    order = np.asarray(jax.random.permutation(key, size)).astype(np.int32)
+    return np.sort(order[held_out:]), np.sort(order[:held_out])
+
+
+def batches(positions: np.ndarray, batch_size: int) -> np.ndarray:
+    """Returns positions cut into an order [ceil(n / batch_size), batch_size], -1 at the end."""
+    steps = -(-len(positions) // batch_size)
+    order = np.full(steps * batch_size, -1, np.int32)
+    order[: len(positions)] = positions
+    return order.reshape(steps, batch_size)
+
+
+def epoch_order(key: jax.Array, epoch: int, positions: np.ndarray, batch_size: int) -> np.ndarray:
+    """Returns the shuffled order of one epoch: a permutation from `fold_in(key, epoch)`."""
+    shuffle = np.asarray(jax.random.permutation(jax.random.fold_in(key, epoch), len(positions)))
+    return batches(positions[shuffle], batch_size)
+
+
+def to_device(images: np.ndarray, labels: np.ndarray, sharding=None) -> dict[str, jax.Array]:
+    """Returns the whole split on the device: `image` uint8 [N, H, W, C], `label` int32 [N]."""
+    data = {"image": np.ascontiguousarray(images), "label": np.asarray(labels, np.int32)}
+    return jax.device_put(data, sharding)
+
+
+def take_batch(data: dict[str, jax.Array], row: jax.Array) -> dict[str, jax.Array]:
+    """Gathers one batch; positions of -1 become masked copies of image 0."""
+    safe = jnp.maximum(row, 0)
+    mask = (row >= 0).astype(jnp.float32)
+    return {"image": data["image"][safe], "label": data["label"][safe], "mask": mask}
+
+
+def stream(
+    source,
+    order: np.ndarray,
+    start: int,
+    length: int,
+    *,
+    threads: int = 4,
+    prefetch: int = 2,
+) -> Iterator[tuple[dict[str, np.ndarray], np.ndarray, int]]:
+    """Yields host chunks of an order, read by grain's worker threads ahead of their use.
+
+    Args:
+      source: random access: `source[i]` is {"image": uint8 [H, W, C], "label": int}.
+      order: [steps, batch] from `epoch_order` or `batches`.
+      start: first step.
+      length: steps in a chunk (the last may hold fewer).
+      threads: workers reading at the same time.
+      prefetch: chunks read ahead.
+
+    Yields:
+      (data, rows, steps): the chunk's images and labels, its order [length, batch] into them,
+      and how many of its rows are steps; shapes are the same for every chunk.
+    """
+    import grain
+
+    rest = order[start:]
+    padding = np.full((-len(rest) % length, order.shape[1]), -1, np.int32)
+    padded = np.concatenate([rest, padding])
+    per_chunk = length * order.shape[1]
+    examples = (
+        grain.MapDataset.source(np.maximum(padded.reshape(-1), 0))
+        .map(lambda i: _example(source, int(i)))
+        .to_iter_dataset(
+            grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch * per_chunk)
+        )
+        .batch(per_chunk, drop_remainder=True)
+    )
+    local = np.arange(per_chunk, dtype=np.int32).reshape(length, -1)
+    for first, data in zip(range(0, len(padded), length), examples, strict=True):
+        rows = np.where(padded[first : first + length] >= 0, local, np.int32(-1))
+        yield data, rows, min(length, len(rest) - first)
+
+
+def _example(source, i: int) -> dict[str, np.ndarray]:
+    example = source[i]
+    return {"image": np.asarray(example["image"]), "label": np.int32(example["label"])}

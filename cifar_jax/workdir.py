@@ -1,0 +1,156 @@
+"""The run directory: what a run is, on disk, and when a directory may be used for it.
+
+    config.json      recipe, seed, data set: what must be equal to go on
+    metrics.jsonl    one row a window, an epoch, the test
+    summary.json     written at the end
+    checkpoints/     newest and best
+    plots/           pictures
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from cifar_jax.errors import UserError
+from cifar_jax.recipes import Recipe
+
+FORMAT = 1
+_OWN_NAMES = ("config.json", "metrics.jsonl", "summary.json", "checkpoints", "plots", "tensorboard")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What makes a run: with equal configs, weights and metrics are equal.
+
+    Attributes:
+      recipe_name: the entry of `RECIPES` it started from.
+      recipe: all its settings, overrides included.
+      seed: of weights, split, order, dropout and augmentation.
+      dataset: `name`, `version`, `fingerprint`, `class_names`, `image_shape` of the data.
+    """
+
+    recipe_name: str
+    recipe: Recipe
+    seed: int
+    dataset: dict
+
+    def to_dict(self) -> dict:
+        return {
+            "format": FORMAT,
+            "recipe_name": self.recipe_name,
+            "recipe": self.recipe.to_dict(),
+            "seed": self.seed,
+            "dataset": self.dataset,
+        }
+
+
+def read_config(path: Path) -> Config:
+    """Returns the config of the run directory `path`. Raises `UserError` where there is none."""
+    file = Path(path) / "config.json"
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} is not a run directory: it has no config.json") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{file} cannot be read ({error}); the run cannot go on from it") from None
+    try:
+        if values["format"] != FORMAT:
+            raise UserError(f"{file} has format {values['format']}, this version reads {FORMAT}")
+        recipe = Recipe.from_dict(values["recipe"])
+        return Config(values["recipe_name"], recipe, values["seed"], values["dataset"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{file} is damaged: {type(error).__name__} {error}") from None
+
+
+def differences(old: Config, new: Config) -> list[str]:
+    """Returns one `name: old -> new` for each setting in which two runs differ."""
+    found = []
+    before, after = old.to_dict(), new.to_dict()
+    for group in ("recipe", "dataset"):
+        for name in sorted(before[group].keys() | after[group].keys()):
+            a, b = before[group].get(name), after[group].get(name)
+            if a != b:
+                shown = f"{a} -> {b}" if len(f"{a}{b}") < 120 else "differs"
+                found.append(f"{'data set ' if group == 'dataset' else ''}{name}: {shown}")
+    if old.seed != new.seed:
+        found.append(f"seed: {old.seed} -> {new.seed}")
+    return found
+
+
+def _check_usable(path: Path) -> None:
+    if path.exists() and not path.is_dir():
+        raise UserError(f"--workdir {path} is a file; name a directory")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / f".write-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"--workdir {path} cannot be written: {error.strerror}") from None
+    strangers = [p.name for p in path.iterdir() if p.name not in (*_OWN_NAMES, ".lock")]
+    if strangers and not (path / "config.json").exists():
+        raise UserError(
+            f"--workdir {path} holds other files ({strangers[0]} ...) and is no run directory; "
+            "name a new or empty one"
+        )
+
+
+@contextlib.contextmanager
+def open_workdir(path: Path | str, config: Config, *, overwrite: bool = False) -> Iterator[bool]:
+    """Locks `path` for this process and makes it the directory of the run `config`.
+
+    Yields:
+      Whether an earlier part of the same run is there to go on from.
+
+    Raises:
+      UserError: it is a file, not writable, in use, holds other files, or holds another run
+        (the message lists the differences) and `overwrite` is False.
+    """
+    path = Path(path).absolute()
+    _check_usable(path)
+    with open(path / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"--workdir {path} is in use by another process") from None
+        if overwrite:
+            for name in _OWN_NAMES:
+                target = path / name
+                shutil.rmtree(target) if target.is_dir() else target.unlink(missing_ok=True)
+        resume = (path / "config.json").exists()
+        if resume:
+            found = differences(read_config(path), config)
+            if found:
+                raise UserError(
+                    f"{path} holds another run; {'; '.join(found)}. Name another --workdir, "
+                    "or give --overwrite to start anew"
+                )
+        else:
+            write_json(path / "config.json", config.to_dict())
+        yield resume
+
+
+def write_json(path: Path, values: dict) -> None:
+    """Writes JSON so that a reader sees the old file or the whole new one.
+
+    Raises:
+      UserError: the disk is full or the file cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            json.dump(values, file, indent=2, ensure_ascii=False, allow_nan=False)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path}: {error.strerror}") from None
