@@ -1,0 +1,1 @@
+"""Speed and accuracy against PyTorch. The only package, besides the tests, that imports torch."""

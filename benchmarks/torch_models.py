@@ -1,0 +1,171 @@
+"""The published networks as PyTorch modules, and weights carried over from the flax side.
+
+Layer names are those of the write-ups (conv1, fc1, ...) and of torchvision (`features.N`,
+`classifier.N`), so their state dicts fit. Input: float [N, 3, H, W]; output: logits
+[N, num_classes]. The small networks flatten in PyTorch's order, channels first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+class TutorialCNN(nn.Module):
+    """The PyTorch tutorial's network: 62,006 parameters with 10 classes."""
+
+    def __init__(self, num_classes: int = 10):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 6, 5)
+        self.conv2 = nn.Conv2d(6, 16, 5)
+        self.fc1 = nn.Linear(16 * 5 * 5, 120)
+        self.fc2 = nn.Linear(120, 84)
+        self.fc3 = nn.Linear(84, num_classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.max_pool2d(F.relu(self.conv1(x)), 2)
+        x = F.max_pool2d(F.relu(self.conv2(x)), 2)
+        x = torch.flatten(x, 1)
+        x = F.relu(self.fc1(x))
+        x = F.relu(self.fc2(x))
+        return self.fc3(x)
+
+
+class DeepCNN(nn.Module):
+    """Four 5x5 convolutions, one pool, four linear layers (gjustin40, 2020)."""
+
+    def __init__(self, num_classes: int = 10):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 10, 5)
+        self.conv2 = nn.Conv2d(10, 20, 5)
+        self.conv3 = nn.Conv2d(20, 20, 5)
+        self.conv4 = nn.Conv2d(20, 10, 5)
+        self.fc1 = nn.Linear(10 * 8 * 8, 800)
+        self.fc2 = nn.Linear(800, 400)
+        self.fc3 = nn.Linear(400, 100)
+        self.fc4 = nn.Linear(100, num_classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.relu(self.conv1(x))
+        x = F.relu(self.conv2(x))
+        x = F.relu(self.conv3(x))
+        x = F.max_pool2d(F.relu(self.conv4(x)), 2)
+        x = torch.flatten(x, 1)
+        x = F.relu(self.fc1(x))
+        x = F.relu(self.fc2(x))
+        x = F.relu(self.fc3(x))
+        return self.fc4(x)
+
+
+class DropoutCNN(nn.Module):
+    """Three padded 3x3 convolutions with pools, dropout around the hidden layer (Udacity)."""
+
+    def __init__(self, num_classes: int = 10, dropout_rate: float = 0.25):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 16, 3, padding=1)
+        self.conv2 = nn.Conv2d(16, 32, 3, padding=1)
+        self.conv3 = nn.Conv2d(32, 64, 3, padding=1)
+        self.fc1 = nn.Linear(64 * 4 * 4, 500)
+        self.fc2 = nn.Linear(500, num_classes)
+        self.dropout = nn.Dropout(dropout_rate)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.max_pool2d(F.relu(self.conv1(x)), 2)
+        x = F.max_pool2d(F.relu(self.conv2(x)), 2)
+        x = F.max_pool2d(F.relu(self.conv3(x)), 2)
+        x = self.dropout(torch.flatten(x, 1))
+        x = F.relu(self.fc1(x))
+        return self.fc2(self.dropout(x))
+
+
+VGG16_WIDTHS = (64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "M")
+VGG16_WIDTHS += (512, 512, 512, "M")
+
+
+class VGG16(nn.Module):
+    """torchvision's VGG16 (configuration D): 134,301,514 parameters with 10 classes.
+
+    Initialised as torchvision does: convolutions He normal by fan-out, linear weights
+    N(0, 0.01), biases 0.
+    """
+
+    def __init__(self, num_classes: int = 10, dropout_rate: float = 0.5):
+        super().__init__()
+        layers: list[nn.Module] = []
+        channels = 3
+        for width in VGG16_WIDTHS:
+            if width == "M":
+                layers.append(nn.MaxPool2d(2))
+            else:
+                layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU()]
+                channels = width
+        self.features = nn.Sequential(*layers)
+        self.avgpool = nn.AdaptiveAvgPool2d(7)
+        self.classifier = nn.Sequential(
+            nn.Linear(512 * 7 * 7, 4096),
+            nn.ReLU(),
+            nn.Dropout(dropout_rate),
+            nn.Linear(4096, 4096),
+            nn.ReLU(),
+            nn.Dropout(dropout_rate),
+            nn.Linear(4096, num_classes),
+        )
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+                nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, 0, 0.01)
+                nn.init.zeros_(module.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.avgpool(self.features(x))
+        return self.classifier(torch.flatten(x, 1))
+
+
+MODELS: dict[str, type[nn.Module]] = {
+    "tutorial_cnn": TutorialCNN,
+    "deep_cnn": DeepCNN,
+    "dropout_cnn": DropoutCNN,
+    "vgg16": VGG16,
+}
+
+
+def state_from_flax(params: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, torch.Tensor]:
+    """Returns the state dict that gives the PyTorch network the flax parameters' weights.
+
+    Args:
+      params: {layer: {"kernel", "bias"}} in order of use; conv kernels HWIO, dense kernels
+        [in, out]. Layers called `features_N` and `classifier_N` become `features.N` and
+        `classifier.N`.
+
+    The first dense layer after the convolutions is permuted from flax's flatten order (HWC)
+    to PyTorch's (CHW).
+    """
+    state = {}
+    channels = None
+    for layer in sorted(params, key=_order_of_use):
+        kernel = np.asarray(params[layer]["kernel"])
+        if kernel.ndim == 4:
+            channels = kernel.shape[3]
+            weight = kernel.transpose(3, 2, 0, 1)
+        else:
+            if channels is not None:
+                side = round((kernel.shape[0] // channels) ** 0.5)
+                kernel = kernel.reshape(side, side, channels, -1).transpose(2, 0, 1, 3)
+                kernel = kernel.reshape(side * side * channels, -1)
+                channels = None
+            weight = kernel.T
+        name = layer.replace("features_", "features.").replace("classifier_", "classifier.")
+        state[f"{name}.weight"] = torch.tensor(np.ascontiguousarray(weight))
+        state[f"{name}.bias"] = torch.tensor(np.asarray(params[layer]["bias"]))
+    return state
+
+
+def _order_of_use(layer: str) -> tuple[int, int]:
+    kind = layer.rstrip("0123456789")
+    return (0 if kind in ("conv", "features_") else 1, int(layer[len(kind) :]))
