@@ -1,0 +1,377 @@
+"""Pictures of a run: arrays and a path in, a PNG on disk out, the path returned.
+
+Figures are built on matplotlib's object interface: no pyplot state, no display. Colours are from the palette of Okabe and Ito (2008), which keeps its
+distinctions for colour-blind readers; right and wrong also differ by a mark, not by colour only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from cifar_jax.errors import UserError
+
+BLUE, ORANGE, GREEN, RED = "#0072B2", "#D55E00", "#007A55", "#C8200E"
+INK, QUIET, FAINT = "#222222", "#6B6B6B", "#DDDDDD"
+
+GRID_IMAGES = 20
+GRID_COLUMNS = 10
+_DPI = 120
+
+_STYLE = {
+    "font.family": ["DejaVu Sans"],  # ships with matplotlib, and has the marks used below
+    "font.size": 9.0,
+    "text.color": INK,
+    "text.parse_math": False,  # a class name may hold a dollar sign
+    "axes.edgecolor": QUIET,
+    "axes.labelcolor": INK,
+    "axes.linewidth": 0.8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 10.0,
+    "axes.titlelocation": "left",
+    "axes.grid": False,
+    "grid.color": FAINT,
+    "grid.linewidth": 0.6,
+    "xtick.color": QUIET,
+    "ytick.color": QUIET,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "legend.frameon": False,
+    "figure.facecolor": "white",
+    "savefig.facecolor": "white",
+    "savefig.bbox": "standard",
+}
+
+
+@contextlib.contextmanager
+def _figure(path: str | Path, width: float, height: float, *, palette: int = 0) -> Iterator:
+    """Yields a figure of that size in inches; writes it to `path` when the block ends.
+
+    A `palette` of so many colours makes the files of drawings without photographs far smaller.
+    """
+    import matplotlib.style
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from PIL import Image
+
+    with matplotlib.style.context(["default", _STYLE]):  # whatever the user's matplotlibrc says
+        figure = Figure(figsize=(width, height), dpi=_DPI, layout="constrained")
+        figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08)
+        canvas = FigureCanvasAgg(figure)
+        yield figure
+        with warnings.catch_warnings():
+            # Class names in scripts that the font lacks are drawn as boxes.
+            warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+            canvas.draw()
+        picture = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+        if palette:
+            picture = picture.quantize(palette, dither=Image.Dither.NONE)
+        _save(picture, path)
+
+
+def _save(picture, path: str | Path) -> None:
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        picture.save(path, format="png", optimize=True)
+    except OSError as error:
+        raise UserError(f"cannot write the picture {path}: {error.strerror}") from error
+
+
+def _short(name: str, most: int) -> str:
+    """Cuts the middle out of a long name: its end may be what tells it from the next."""
+    if len(name) <= most:
+        return name
+    tail = (most - 1) // 2
+    return name[: most - 1 - tail].rstrip() + "\u2026" + name[len(name) - tail :].lstrip()
+
+
+def _grid(
+    images: np.ndarray,
+    titles: Sequence[str],
+    colors: Sequence[str],
+    heading: str,
+    path: str | Path,
+) -> str | Path:
+    """Draws the images, ten in a row, each under its title (of one or two lines)."""
+    count = len(images)
+    if count == 0:
+        raise UserError(f"no images to draw in {path}")
+    columns = min(GRID_COLUMNS, count)
+    rows = math.ceil(count / columns)
+    lines = max(title.count("\n") + 1 for title in titles)
+    # A narrow grid still leaves room for its heading.
+    width = max(1.3 * columns + 0.2, 4.5)
+    height = rows * (1.26 + 0.15 * lines) + 0.42
+    with _figure(path, width, height) as figure:
+        figure.get_layout_engine().set(w_pad=0.05, h_pad=0.06, wspace=0, hspace=0.02)
+        figure.suptitle(heading, x=0.05 / width, ha="left", fontsize=11)
+        axes = figure.subplots(rows, columns, squeeze=False).ravel()
+        for axis in axes:
+            axis.set_axis_off()
+        for axis, image, title, color in zip(axes, images, titles, colors, strict=False):
+            axis.imshow(image, interpolation="nearest")
+            axis.set_title(title, color=color, fontsize=8.5, loc="center", pad=3)
+    return path
+
+
+def training_grid(
+    images: np.ndarray,
+    labels: np.ndarray,
+    class_names: Sequence[str],
+    path: str | Path,
+    *,
+    heading: str = "Training images",
+) -> str | Path:
+    """Draws the first 20 images in a 2x10 grid, each titled with its class.
+
+    Args:
+      images: uint8 [N, H, W, 3], N at least 1; fewer than 20 make a smaller grid.
+      labels: int [N].
+      class_names: one a class, in label order.
+      path: where the PNG goes; its folder is made if need be.
+
+    Returns:
+      `path`, as every function here does.
+
+    Raises:
+      UserError: no images, or the file cannot be written.
+    """
+    images, labels = images[:GRID_IMAGES], labels[:GRID_IMAGES]
+    titles = [_short(class_names[label], 18) for label in labels]
+    return _grid(images, titles, [INK] * len(titles), heading, path)
+
+
+def _pair_titles(firsts: Sequence[str], seconds: Sequence[str]) -> list[str]:
+    """Returns "first (second)" for each pair, in two lines where one of them would not fit."""
+    joined = [f"{first} ({second})" for first, second in zip(firsts, seconds, strict=True)]
+    if all(len(title) <= 18 for title in joined):
+        return joined
+    return [
+        f"{_short(first, 17)}\n({_short(second, 15)})"
+        for first, second in zip(firsts, seconds, strict=True)
+    ]
+
+
+def predictions(
+    images: np.ndarray,
+    true: np.ndarray,
+    predicted: np.ndarray,
+    class_names: Sequence[str],
+    path: str | Path,
+) -> str | Path:
+    """Draws the first 20 images titled "predicted (true)", green if right and red if wrong.
+
+    Args:
+      images: uint8 [N, H, W, 3], N at least 1.
+      true, predicted: int [N].
+      class_names: one a class, in label order.
+      path: where the PNG goes.
+    """
+    images, true, predicted = (x[:GRID_IMAGES] for x in (images, true, predicted))
+    right = np.asarray(true) == np.asarray(predicted)
+    marks = ["\u2713" if ok else "\u2717" for ok in right]
+    titles = _pair_titles(
+        [f"{mark} {class_names[k]}" for mark, k in zip(marks, predicted, strict=True)],
+        [class_names[k] for k in true],
+    )
+    colors = [GREEN if ok else RED for ok in right]
+    heading = f"Test images: predicted (true), {right.sum()} of {len(right)} right"
+    return _grid(images, titles, colors, heading, path)
+
+
+def mistakes(
+    images: np.ndarray,
+    true: np.ndarray,
+    predicted: np.ndarray,
+    probabilities: np.ndarray,
+    class_names: Sequence[str],
+    path: str | Path,
+) -> str | Path:
+    """Draws the (at most 20) wrongly classified images the model was surest of.
+
+    Args:
+      images: uint8 [N, H, W, 3].
+      true, predicted: int [N].
+      probabilities: float [N, C] of each class, in [0, 1].
+      class_names: C names.
+      path: where the PNG goes. Without any mistake the picture says so.
+    """
+    true, predicted = np.asarray(true), np.asarray(predicted)
+    sure = np.take_along_axis(np.asarray(probabilities), predicted[:, None], axis=1)[:, 0]
+    wrong = np.flatnonzero(true != predicted)
+    # A stable sort: equal probabilities keep the order of the data set.
+    worst = wrong[np.argsort(-sure[wrong], kind="stable")][:GRID_IMAGES]
+    if len(worst) == 0:
+        with _figure(path, 6, 1) as figure:
+            figure.text(0.5, 0.5, f"No mistakes in {len(true):,} images", ha="center", va="center")
+        return path
+    firsts = [f"{_short(class_names[predicted[i]], 11)} {_percent(sure[i])}" for i in worst]
+    titles = _pair_titles(firsts, [class_names[true[i]] for i in worst])
+    heading = (
+        f"Most confident mistakes, of {len(wrong):,}: predicted, its probability, (true)"
+        if len(worst) > 4
+        else "Most confident mistakes"
+    )
+    return _grid(images[worst], titles, [RED] * len(worst), heading, path)
+
+
+def _percent(probability: float) -> str:
+    # Rounded down, so that only certainty reads 100 %.
+    return f"{math.floor(1000 * probability) / 10:.1f} %" if math.isfinite(probability) else "nan"
+
+
+def channels(image: np.ndarray, path: str | Path) -> str | Path:
+    """Draws the red, green and blue channels in grey, every pixel's value written in it.
+
+    Args:
+      image: float [H, W, 3], normalised as the model gets it. The three share one grey scale,
+        black at the image's lowest value and white at its highest.
+      path: where the PNG goes.
+    """
+    # Drawn with Pillow: thousands of numbers take matplotlib many seconds.
+    import matplotlib
+    from PIL import Image, ImageColor, ImageDraw, ImageFont
+
+    image = np.asarray(image, dtype=np.float64)
+    height, width, _ = image.shape
+    low, high = float(np.nanmin(image)), float(np.nanmax(image))
+    grey = np.nan_to_num((image - low) / max(high - low, 1e-12))
+    face = Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
+    large, medium, small = (ImageFont.truetype(str(face), size) for size in (36, 30, 11))
+    cell, edge, top = 36, 20, 115  # pixels
+    size = (3 * width * cell + 4 * edge, height * cell + top + edge)
+    picture = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(picture)
+    heading = f"One image by channel: normalised values, black {low:.2f} to white {high:.2f}"
+    draw.text((edge, edge), heading, fill=INK, font=large)
+    for k, (color, name) in enumerate(((RED, "red"), (GREEN, "green"), (BLUE, "blue"))):
+        left = edge + k * (width * cell + edge)
+        draw.text((left, top - 10), f"{name} channel", fill=color, font=medium, anchor="ls")
+        shades = np.kron(255 * grey[..., k], np.ones((cell, cell))).round().astype(np.uint8)
+        picture.paste(Image.fromarray(shades), (left, top))
+        for (y, x), value in np.ndenumerate(image[..., k]):
+            # 0.46 is the grey on which black and white text have equal contrast.
+            ink = "black" if grey[y, x, k] > 0.46 else "white"
+            text = f"{value:.2f}".replace("-0.00", "0.00")
+            at = (left + cell * (x + 0.5), top + cell * (y + 0.5))
+            draw.text(at, text, fill=ink, font=small, anchor="mm")
+    palette = Image.new("P", (1, 1))
+    greys = [level for level in range(0, 256, 2) for _ in range(3)]
+    palette.putpalette(greys + [v for c in (RED, GREEN, BLUE) for v in ImageColor.getrgb(c)])
+    _save(picture.quantize(palette=palette, dither=Image.Dither.NONE), path)
+    return path
+
+
+def _series(rows: Sequence[Mapping], name: str) -> np.ndarray:
+    """Returns one value a row, nan where it is absent or was not finite (`null` in the JSON)."""
+    values = [row.get(name) for row in rows]
+    return np.array([math.nan if value is None else value for value in values], float)
+
+
+def curves(rows: Sequence[Mapping], path: str | Path, *, heading: str = "") -> str | Path:
+    """Draws training and validation loss and accuracy by epoch, the best epoch marked.
+
+    Args:
+      rows: rows of `metrics.jsonl` (`cifar_jax.records`). Rows of kind `epoch` make the curves;
+        rows of kind `window`, where there are any, the faint line of the loss within epochs.
+      path: where the PNG goes.
+      heading: a line above the picture.
+
+    Raises:
+      UserError: no row of kind `epoch`.
+    """
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+    from cifar_jax.report import best_epoch
+
+    epochs = [row for row in rows if row["kind"] == "epoch"]
+    windows = [row for row in rows if row["kind"] == "window"]
+    if not epochs:
+        raise UserError("no epoch has ended yet: there are no curves to draw")
+    best = best_epoch(epochs)
+    when = _series(epochs, "epoch")
+    with _figure(path, 10, 4) as figure:
+        figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1, wspace=0.04)
+        figure.suptitle(heading, x=0.01, ha="left", fontsize=11)
+        for axis, what in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
+            if what == "loss" and windows:
+                steps_per_epoch = epochs[0]["step"] / epochs[0]["epoch"]
+                x = _series(windows, "step") / steps_per_epoch
+                label = "training, within epochs"
+                axis.plot(x, _series(windows, "loss"), color=BLUE, alpha=0.35, lw=1, label=label)
+            for name, color, mark in (("train", BLUE, "o"), ("validation", ORANGE, "s")):
+                y = _series(epochs, f"{name}_{what}")
+                if np.isnan(y).all():
+                    continue
+                label = "training, epoch mean" if name == "train" else name
+                axis.plot(when, y, color=color, lw=1.8, marker=mark, ms=3.5, label=label)
+            if best is not None:
+                y = best[f"validation_{what}"]
+                shown = f"{y:.4f}" if what == "loss" else f"{100 * y:.2f} %"
+                label = f"{shown} at epoch {best['epoch']} (lowest validation loss)"
+                axis.axvline(best["epoch"], color=QUIET, lw=0.9, ls=(0, (4, 3)), zorder=0)
+                axis.plot(
+                    [best["epoch"]], [y], "*", color=INK, ms=11, mec="white", label=label, zorder=5
+                )
+            axis.set_title("Loss" if what == "loss" else "Accuracy")
+            axis.set_xlabel("epoch")
+            axis.xaxis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1))
+            if what == "accuracy":
+                axis.yaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
+            axis.grid(axis="y")
+            axis.set_axisbelow(True)
+            axis.margins(x=0.03, y=0.08)
+            axis.legend(fontsize=8.5, frameon=True, framealpha=0.9, edgecolor="none")
+    return path
+
+
+def confusion_matrix(
+    counts: np.ndarray, class_names: Sequence[str], path: str | Path
+) -> str | Path:
+    """Draws how often each true class (row) was called each class (column).
+
+    Args:
+      counts: int [C, C], `counts[true, predicted]`; a colour is a share of its row. Counts are
+        written in up to 20 classes.
+      class_names: C names.
+      path: where the PNG goes.
+    """
+    counts = np.asarray(counts)
+    classes = len(counts)
+    share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    written = classes <= 20
+    side = 0.52 * max(classes, 4) if written else max(10.0, min(0.115 * classes, 20.0))
+    font = 8.5 if written else min(8.5, max(4.0, 0.8 * 72 * side / classes))
+    every = max(1, math.ceil(classes / (72 * side / 5)))  # names further apart when too many
+    right, total = int(np.trace(counts)), int(counts.sum())
+    with _figure(path, side + 2.4, side + 1.7, palette=256) as figure:
+        axis = figure.subplots()
+        picture = axis.imshow(share, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
+        axis.set_title(f"Accuracy {100 * right / max(total, 1):.2f} % ({right}/{total})", pad=10)
+        names = [_short(name, 20) for name in class_names][::every]
+        at = range(0, classes, every)
+        axis.set_xticks(at, names, rotation=90 if classes > 20 else 45, fontsize=font)
+        for label in axis.get_xticklabels():
+            label.set(ha="center" if classes > 20 else "right", rotation_mode="default")
+            if classes <= 20:
+                label.set_rotation_mode("anchor")
+        axis.set_yticks(at, names, fontsize=font)
+        axis.tick_params(length=0)
+        axis.spines[:].set_visible(False)
+        axis.set(xlabel="predicted", ylabel="true")
+        bar = figure.colorbar(picture, ax=axis, shrink=0.6, aspect=25, pad=0.02)
+        bar.set_label("share of the true class")
+        bar.outline.set_visible(False)
+        if written:
+            for (row, column), count in np.ndenumerate(counts):
+                ink = "white" if share[row, column] > 0.55 else (INK if count else "#A0A0A0")
+                axis.text(
+                    column, row, f"{count}", color=ink, fontsize=8.5, ha="center", va="center"
+                )
+    return path

@@ -1,0 +1,252 @@
+"""What a run shows: sums become rates, rows and results become lines of text.
+
+Everything but `Progress` is a pure function from values to values or strings; the training
+loop prints. A *row* is one line of `metrics.jsonl`, see `cifar_jax.records`.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from typing import TextIO
+
+import numpy as np
+
+
+def rates(sums: Mapping) -> dict:
+    """Returns {"loss", "accuracy", "count"}: the means of masked sums {"loss", "correct", "count"}.
+
+    The sums may be host or device scalars. Over no image at all both means are nan.
+    """
+    count = int(sums["count"])
+    if count == 0:
+        return {"loss": math.nan, "accuracy": math.nan, "count": 0}
+    return {
+        "loss": float(sums["loss"]) / count,
+        "accuracy": float(sums["correct"]) / count,
+        "count": count,
+    }
+
+
+def confusion_counts(true: np.ndarray, predicted: np.ndarray, num_classes: int) -> np.ndarray:
+    """Returns int64 [C, C]: how many images of each true class (row) got each class (column).
+
+    Args:
+      true, predicted: int [N], in [0, num_classes).
+    """
+    true, predicted = np.asarray(true, np.int64), np.asarray(predicted, np.int64)
+    flat = np.bincount(true * num_classes + predicted, minlength=num_classes**2)
+    return flat.reshape(num_classes, num_classes)
+
+
+def results(sums: Mapping, confusion: np.ndarray, class_names: Sequence[str]) -> dict:
+    """Returns what a test found, as it stands in `summary.json`.
+
+    Args:
+      sums: {"loss", "correct", "count"} over the tested images.
+      confusion: int [C, C], from `confusion_counts` over the same images.
+      class_names: C names.
+
+    Returns:
+      {"test_loss", "test_accuracy" in [0, 1], "test_correct", "test_count", "per_class"}, the
+      last a list of {"class", "correct", "count", "accuracy"} in label order; the accuracy of a
+      class without images is nan.
+    """
+    means = rates(sums)
+    per_class = [
+        {
+            "class": name,
+            "correct": int(confusion[k, k]),
+            "count": int(confusion[k].sum()),
+            "accuracy": _ratio(int(confusion[k, k]), int(confusion[k].sum())),
+        }
+        for k, name in enumerate(class_names)
+    ]
+    return {
+        "test_loss": means["loss"],
+        "test_accuracy": means["accuracy"],
+        "test_correct": int(sums["correct"]),
+        "test_count": means["count"],
+        "per_class": per_class,
+    }
+
+
+def _ratio(part: int, whole: int) -> float:
+    return part / whole if whole else math.nan
+
+
+def best_epoch(rows: Sequence[Mapping]) -> Mapping | None:
+    """Returns the `epoch` row of the lowest validation loss, the earliest of equal ones.
+
+    None when no row has a finite validation loss.
+    """
+    best = None
+    for row in rows:
+        loss = row.get("validation_loss")
+        if row["kind"] != "epoch" or loss is None or not math.isfinite(loss):
+            continue
+        if best is None or loss < best["validation_loss"]:
+            best = row
+    return best
+
+
+def window_line(row: Mapping, steps_per_epoch: int) -> str:
+    """Returns a line such as `epoch 1  step  2000/12500  loss 2.192`, the step in its epoch.
+
+    Args:
+      row: of kind `window`; its `step` counts from the start of the run.
+    """
+    step = row["step"] - (row["epoch"] - 1) * steps_per_epoch
+    width = len(str(steps_per_epoch))
+    return f"epoch {row['epoch']}  step {step:>{width}}/{steps_per_epoch}  loss {_loss(row, 3)}"
+
+
+def epoch_line(row: Mapping, epochs: int, *, best: bool = False) -> str:
+    """Returns an epoch's one line: training loss and accuracy, then the validation's if any.
+
+    Args:
+      row: of kind `epoch`.
+      epochs: the run's number of epochs.
+      best: marks the lowest validation loss so far.
+    """
+    width = len(str(epochs))
+    parts = [f"epoch {row['epoch']:>{width}}/{epochs}", f"train {_pair(row, 'train')}"]
+    if "validation_loss" in row:
+        parts.append(f"validation {_pair(row, 'validation')}")
+    seconds = row.get("timing", {}).get("seconds")
+    if seconds is not None:
+        parts.append(f"{seconds:.1f} s")
+    if best:
+        parts.append("* best so far")
+    return "  ".join(parts)
+
+
+def _pair(row: Mapping, part: str) -> str:
+    accuracy = row.get(f"{part}_accuracy")
+    shown = f"{100 * accuracy:5.2f} %" if accuracy is not None else "  nan %"
+    return f"loss {_loss(row, 4, part + '_loss')} accuracy {shown}"
+
+
+def _loss(row: Mapping, digits: int, name: str = "loss") -> str:
+    # A row read back from JSON holds None where the number was not finite.
+    return "nan" if row[name] is None else f"{row[name]:.{digits}f}"
+
+
+def first_images_lines(
+    true: Sequence[int], predicted: Sequence[int], class_names: Sequence[str], count: int = 4
+) -> str:
+    """Returns two lines: the classes of the first `count` test images, and those predicted."""
+    truth = [class_names[k] for k in true[:count]]
+    guess = [class_names[k] for k in predicted[:count]]
+    widths = [max(len(a), len(b)) for a, b in zip(truth, guess, strict=True)]
+
+    def line(title: str, names: Sequence[str]) -> str:
+        cells = (f"{name:<{width}}" for name, width in zip(names, widths, strict=True))
+        return f"{title:<12} {' '.join(cells)}".rstrip()
+
+    return f"{line('GroundTruth:', truth)}\n{line('Predicted:', guess)}"
+
+
+def results_lines(result: Mapping, *, split: str = "Test") -> str:
+    """Returns the test loss, the accuracy (right/all), and each class's accuracy (right/all).
+
+    Args:
+      result: from `results`. Beyond 20 classes the classes stand in several columns.
+      split: the name of what was tested, as the lines begin.
+    """
+    rows = result["per_class"]
+    name_width = max(len(row["class"]) for row in rows)
+    digits = len(str(max(row["count"] for row in rows)))
+    cells = [
+        f"  {row['class']:<{name_width}}  {_percent(row['correct'], row['count'])}"
+        f" ({row['correct']:>{digits}}/{row['count']})"
+        for row in rows
+    ]
+    cell_width = max(len(cell) for cell in cells)
+    columns = 1 if len(cells) <= 20 else max(1, 100 // (cell_width + 2))
+    height = math.ceil(len(cells) / columns)
+    table = [
+        "  ".join(f"{cell:<{cell_width}}" for cell in cells[start::height]).rstrip()
+        for start in range(height)
+    ]
+    correct, count = result["test_correct"], result["test_count"]
+    head = [
+        f"{split} loss {result['test_loss']:.6f}",
+        f"{split} accuracy {_percent(correct, count, 2).strip()} ({correct}/{count})",
+    ]
+    return "\n".join(head + table)
+
+
+def _percent(part: int, whole: int, digits: int = 1) -> str:
+    return f"{100 * part / whole:5.{digits}f} %" if whole else f"{'-':>5}  "
+
+
+def timing_line(seconds: Mapping[str, float], images_per_second: float | None = None) -> str:
+    """Returns one line of the seconds spent on each part, in the order given.
+
+    Args:
+      seconds: for instance {"data": ..., "compile": ..., "training": ..., "test": ...}.
+      images_per_second: of training alone, without compiling and without reading data.
+    """
+    parts = ", ".join(f"{name} {value:.1f} s" for name, value in seconds.items())
+    if images_per_second is None:
+        return f"Time: {parts}"
+    return f"Time: {parts}; {images_per_second:,.0f} training images/s"
+
+
+def printable(text: str, stream: TextIO) -> str:
+    """Returns `text` with what the stream's encoding cannot hold written as escapes."""
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
+
+
+class Progress:
+    """A bar over the images of a whole run: loss, images/s and time left; a context manager.
+
+    It is drawn on stderr, and only where that is a terminal; `print` writes to stdout above it.
+
+    Args:
+      total: images the run trains on, all epochs together.
+      done: images trained on before (a resumed run); they do not count in images/s.
+      stream: where the bar goes, stderr by default.
+    """
+
+    def __init__(self, total: int, *, done: int = 0, stream: TextIO | None = None):
+        from tqdm import tqdm
+
+        stream = sys.stderr if stream is None else stream
+        self._bar = tqdm(
+            total=total,
+            initial=done,
+            file=stream,
+            disable=not stream.isatty(),
+            unit=" images",
+            unit_scale=True,
+            dynamic_ncols=True,
+            miniters=1,
+            mininterval=0.2,
+            leave=False,
+            bar_format="{desc}{percentage:3.0f}% |{bar}| {rate_fmt}, {remaining} left{postfix}",
+        )
+
+    def update(self, images: int, *, epoch: int, loss: float) -> None:
+        """Moves the bar on by `images`; `loss` is the latest mean loss."""
+        self._bar.set_description_str(f"epoch {epoch} ", refresh=False)
+        self._bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
+        self._bar.update(images)
+
+    def print(self, text: str) -> None:
+        """Prints `text` to stdout without breaking the bar."""
+        self._bar.write(printable(text, sys.stdout), file=sys.stdout)
+        sys.stdout.flush()
+
+    def close(self) -> None:
+        """Takes the bar away. A closed bar still prints."""
+        self._bar.close()
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
