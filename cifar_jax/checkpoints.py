@@ -1,0 +1,289 @@
+"""Checkpoints that survive kills, full disks and bit rot.
+
+Orbax stores the arrays (`leaves.py`), a manifest says what to trust (`manifests.py`).
+
+A checkpoints directory holds one folder a step (`<step>`, or `<step>.<n>` when a step was saved
+again):
+
+    1200/state/           the arrays, an ordinary Orbax (OCDBT) PyTree checkpoint
+    1200/checkpoint.json  the manifest: step, metric, `extra`, every leaf's dtype and shape, and the
+                          size and CRC-32 of every file under state/; itself under a CRC-32
+
+The manifest is renamed into place last and unlinked first, so a folder with one is complete and a
+folder without one is nothing. A restore checks every file against it before Orbax sees a byte,
+because parsers of array formats answer to damage with anything from an exception to wrong numbers.
+Orbax's own `CheckpointManager` is not used: it ranks NaN metrics best, keeps failed saves in its
+step cache, refuses to save a step below a damaged one, and knows no digests.
+
+Saves are asynchronous at every size: `save` returns when the arrays are in host memory (or, on the
+CPU, are held against donation), and one background thread writes, digests, commits and prunes.
+Measured on two CPU cores: a 0.5 MB state blocks for about 10 ms and is committed after 70 ms;
+1.6 GB (VGG16 with Adam) blocks for about 20 ms and is committed after 3.5 s.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from cifar_jax import leaves, manifests
+from cifar_jax.errors import UserError
+from cifar_jax.manifests import best_step, latest_step, locate, steps
+
+__all__ = ["Checkpoints", "Restored", "best_step", "latest_step", "locate", "restore", "steps"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+    """What `restore` found.
+
+    `state` has the structure, dtypes, shapes and shardings that were asked for. `skipped` has one
+    line, "checkpoint 1200: what is wrong", for each damaged or unfinished checkpoint passed over.
+    """
+
+    step: int
+    state: Any
+    extra: dict[str, Any]
+    metric: float | None
+    skipped: list[str]
+
+
+def _load(folder: Path, manifest: dict[str, Any], wanted: dict, treedef: Any) -> Any:
+    import orbax.checkpoint as ocp
+
+    manifests.verify(folder, manifest)
+    target = leaves.nest({path: leaves.target(leaf) for path, leaf in wanted.items()})
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            tree = checkpointer.restore(folder / "state", target)
+    except Exception as error:  # Orbax and TensorStore raise many types, none of them documented
+        raise manifests.Damaged(f"Orbax cannot read it ({_reason(error)})") from error
+    values = leaves.named(tree)[0]
+    return jax.tree_util.tree_unflatten(
+        treedef,
+        [
+            leaves.restored(leaf, values[path], manifest["keys"].get("/".join(path)))
+            for path, leaf in wanted.items()
+        ],
+    )
+
+
+def restore(
+    directory: str | os.PathLike, abstract_state: Any, *, which: str | int = "latest"
+) -> Restored:
+    """Reads a checkpoint; writes nothing.
+
+    Args:
+      directory: a checkpoints directory (see `locate`).
+      abstract_state: a pytree of the wanted structure. Leaves: `jax.ShapeDtypeStruct` or arrays,
+        typed PRNG keys included, restored to their shardings (so a run can move to other devices)
+        or uncommitted where there is none; NumPy arrays and Python scalars come back as such.
+      which: "latest", "best" (lowest metric) or a step. The first two pass over damaged
+        checkpoints, to the next newest or next best.
+
+    Raises:
+      UserError: no checkpoint, none intact (each with what is wrong), none with a metric for
+        "best", or one of another structure, shape or dtype.
+    """
+    return _restore(Path(directory).absolute(), abstract_state, which)[0]
+
+
+def _restore(directory: Path, abstract_state: Any, which: str | int) -> tuple[Restored, set[Path]]:
+    """`restore`, and the folders it found damaged."""
+    entries, broken = manifests.candidates(directory, which)
+    wanted, treedef = leaves.named(abstract_state)
+    specs = {"/".join(path): leaves.spec(leaf) for path, leaf in wanted.items()}
+    damaged: list[manifests.Broken] = []
+    for folder, manifest in entries:
+        manifests.check_fit(directory, manifest, specs)
+        try:
+            state = _load(folder, manifest, wanted, treedef)
+        except manifests.Damaged as damage:
+            damaged.append((manifest["step"], folder, str(damage)))
+            continue
+        # A folder left over from a kill is news only if it is newer than what was found.
+        passed = [b for b in broken if which != "latest" or b[0] > manifest["step"]] + damaged
+        skipped = [f"checkpoint {f.name}: {why}" for _, f, why in sorted(passed, reverse=True)]
+        found = Restored(manifest["step"], state, manifest["extra"], manifest["metric"], skipped)
+        return found, {folder for _, folder, _ in damaged}
+    reasons = "; ".join(
+        f"{folder.name}: {why}" for _, folder, why in sorted(broken + damaged, reverse=True)
+    )
+    raise UserError(f"no usable checkpoint in {directory}: {reasons}")
+
+
+def _reason(error: BaseException) -> str:
+    """The cause of a failed read or write in a few words."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    text = " ".join(str(error).split())
+    for known in ("No space left on device", "File too large", "Permission denied"):
+        if known in text:
+            return known
+    return f"{type(error).__name__}: {text[:200]}"
+
+
+class Checkpoints:
+    """Writes a run's checkpoints, and keeps the newest `keep_latest` and the best.
+
+    A context manager; leaving it waits for the save under way, and so does every method that
+    reads. One process at a time may write to a directory.
+
+    Raises:
+      UserError: the directory cannot be made or written to.
+    """
+
+    def __init__(self, directory: str | os.PathLike, *, keep_latest: int = 2):
+        if keep_latest < 1:
+            raise UserError(f"keep_latest is {keep_latest}; at least one checkpoint must be kept")
+        self.directory = Path(directory).absolute()  # Orbax takes absolute paths only
+        self.keep_latest = keep_latest
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            reason = "it is a file" if self.directory.is_file() else error.strerror
+            raise UserError(f"cannot make directory {self.directory}: {reason}") from error
+        if not os.access(self.directory, os.W_OK | os.X_OK):
+            raise UserError(f"cannot write to directory {self.directory}: Permission denied")
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
+        self._pending: tuple[int, Path, concurrent.futures.Future] | None = None
+        self._checkpointer: Any = None
+        self._damaged: set[Path] = set()
+
+    def save(
+        self,
+        step: int,
+        state: Any,
+        extra: dict[str, Any] | None = None,
+        *,
+        metric: float | None = None,
+        block: bool = False,
+    ) -> None:
+        """Starts to save `state`; waits first for the save before, and to the end if `block`.
+
+        Args:
+          step: the number of steps done. A step may be saved again; the later save counts.
+          state: a pytree of arrays (typed PRNG keys included), Python numbers and None. It may be
+            donated as soon as this returns.
+          extra: anything JSON holds; tuples come back as lists.
+          metric: the lowest is best, the earliest of equals. NaN and infinities are never best.
+
+        Raises:
+          UserError: this save, or the one before, could not be written (full disk, permissions).
+            Earlier checkpoints are intact, and saving again is allowed.
+        """
+        self.wait()
+        named, _ = leaves.named(state)
+        body = {
+            "step": int(step),
+            "metric": None if metric is None else float(metric),
+            "extra": json.loads(json.dumps(extra or {})),  # a copy, and fails here if not JSON
+            "leaves": {"/".join(p): leaves.spec(leaf) for p, leaf in named.items()},
+            "keys": {
+                "/".join(p): str(jax.random.key_impl(leaf))
+                for p, leaf in named.items()
+                if leaves.is_key(leaf)
+            },
+        }
+        tree = leaves.nest({path: leaves.storable(leaf) for path, leaf in named.items()})
+        jax.block_until_ready(tree)  # a failed computation is no failed save
+        folder = self._new_folder(int(step))
+        try:
+            if self._checkpointer is None:
+                import orbax.checkpoint as ocp
+
+                self._checkpointer = ocp.StandardCheckpointer()
+            self._checkpointer.save(folder / "state", tree)
+        except Exception as error:
+            self._fail(folder, step, error)
+        self._pending = (step, folder, self._thread.submit(self._commit, folder, body))
+        if block:
+            self.wait()
+
+    def _new_folder(self, step: int) -> Path:
+        taken = [n for s, n, folder in manifests.folders(self.directory) if s == step]
+        n = max(taken, default=-1) + 1
+        return self.directory / (f"{step}.{n}" if n else str(step))
+
+    def _commit(self, folder: Path, body: dict[str, Any]) -> None:
+        """The background half: waits for the arrays, digests them, commits, prunes."""
+        self._checkpointer.wait_until_finished()
+        if jax.process_index() != 0:
+            return
+        manifests.write(folder, body)
+        manifests.prune(self.directory, self.keep_latest, self._damaged)
+
+    def _fail(self, folder: Path, step: int, error: BaseException) -> None:
+        failed, self._checkpointer = self._checkpointer, None  # its state is unknown now
+        with contextlib.suppress(Exception):
+            failed.close()
+        manifests.remove(folder)
+        raise UserError(
+            f"could not save checkpoint {step} in {self.directory}: {_reason(error)}; "
+            "earlier checkpoints are intact"
+        ) from error
+
+    def wait(self) -> None:
+        """Returns when the save under way is committed.
+
+        Raises:
+          UserError: that save failed; raised once.
+        """
+        if self._pending is not None:
+            step, folder, future = self._pending
+            error = future.exception()
+            self._pending = None
+            if isinstance(error, UserError):
+                raise error
+            if error is not None:
+                self._fail(folder, step, error)
+
+    def close(self) -> None:
+        """Waits, then frees the background threads. Raises what `wait` raises."""
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
+            if self._checkpointer is not None:
+                self._checkpointer.close()
+                self._checkpointer = None
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        try:
+            self.close()
+        except UserError as failed_save:
+            if error is None:
+                raise
+            error.add_note(str(failed_save))  # the error under way is the one to see
+
+    def steps(self) -> list[int]:
+        """See `steps`."""
+        self.wait()
+        return steps(self.directory)
+
+    def latest_step(self) -> int | None:
+        """See `latest_step`."""
+        self.wait()
+        return latest_step(self.directory)
+
+    def best_step(self) -> int | None:
+        """See `best_step`."""
+        self.wait()
+        return best_step(self.directory)
+
+    def restore(self, abstract_state: Any, *, which: str | int = "latest") -> Restored:
+        """See `restore`. What it finds damaged is deleted once the next save is committed."""
+        self.wait()
+        found, damaged = _restore(self.directory, abstract_state, which)
+        self._damaged |= damaged
+        return found
