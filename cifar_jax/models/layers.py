@@ -8,7 +8,9 @@ import math
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax import lax
+
+from cifar_jax.models import blocked, lowering
+from cifar_jax.models.blocked import Blocked
 
 
 def torch_uniform(fan_in: int):
@@ -25,11 +27,16 @@ def torch_uniform(fan_in: int):
     return init
 
 
+def _channels(x: jax.Array | Blocked) -> int:
+    return x.channels if isinstance(x, Blocked) else x.shape[-1]
+
+
 class ConvRelu(nn.Module):
     """Convolution, bias, relu and, with `pool`, a 2x2 max pool of stride 2.
 
-    Input [N, H, W, C] float; output [N, H', W', features]. Parameters: `kernel`
-    [k, k, C, features] (HWIO) and `bias` [features].
+    Input [N, H, W, C] float or `Blocked`; output [N, H', W', features], or `Blocked` from the
+    CPU lowerings (`lowering.py`). Parameters: `kernel` [k, k, C, features] (HWIO) and `bias`
+    [features].
     """
 
     features: int
@@ -39,28 +46,22 @@ class ConvRelu(nn.Module):
     lowering: str = "auto"
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        k, channels = self.kernel_size, x.shape[-1]
+    def __call__(self, x: jax.Array | Blocked) -> jax.Array | Blocked:
+        k, channels = self.kernel_size, _channels(x)
         init = torch_uniform(k * k * channels)
         kernel = self.param("kernel", init, (k, k, channels, self.features))
         bias = self.param("bias", init, (self.features,))
-        x = lax.conv_general_dilated(
-            x,
-            kernel.astype(x.dtype),
-            (1, 1),
-            [(self.padding, self.padding)] * 2,
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        return lowering.convolve(
+            x, kernel, bias, padding=self.padding, pool=self.pool, lowering=self.lowering
         )
-        x = nn.relu(x + bias.astype(x.dtype).reshape(1, 1, 1, -1))
-        return nn.max_pool(x, (2, 2), (2, 2)) if self.pool else x
 
 
 class Flatten(nn.Module):
-    """[N, H, W, C] -> [N, H * W * C]."""
+    """[N, H, W, C] or `Blocked` -> [N, H * W * C]."""
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return x.reshape(x.shape[0], -1)
+    def __call__(self, x: jax.Array | Blocked) -> jax.Array:
+        return blocked.flatten(x) if isinstance(x, Blocked) else x.reshape(x.shape[0], -1)
 
 
 class Dense(nn.Module):

@@ -1,0 +1,149 @@
+"""How a convolution is computed: the choice of lowering, and the one function behind all.
+
+- `lax`: `lax.conv_general_dilated`, NHWC/HWIO. The choice on GPU and TPU.
+- `gemm`: patches and one matrix product over blocks (`im2col.py`).
+- `winograd`: Winograd's minimal filtering as batched matrix products (`winograd.py`) for
+  kernels of 3 and 5; other kernels take the `gemm` form.
+- `auto`: by backend and shape, from `choose`.
+
+All of them take the same parameters, any image size, batch and padding, and agree to rounding.
+"""
+
+from __future__ import annotations
+
+import os
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from cifar_jax.errors import UserError, nearest
+from cifar_jax.models import blocked, epilogue
+from cifar_jax.models.blocked import Blocked
+from cifar_jax.models.im2col import Geometry, im2col_conv
+
+LOWERINGS = ("auto", "lax", "gemm", "winograd")
+YNN_OPTION = "xla_cpu_experimental_ynn_fusion_type"
+
+
+def cpu_compiler_options() -> dict[str, str]:
+    """Options for `jax.jit(..., compiler_options=...)` of a program with these convolutions.
+
+    jaxlib 0.10.2 wraps convolutions and whole chains of operations around products in YNNPACK
+    fusions by default; leaving only single products to it is up to ten times faster for these
+    shapes. Returns {} off the CPU, and where XLA_FLAGS already sets the option.
+    """
+    if jax.default_backend() != "cpu" or YNN_OPTION in os.environ.get("XLA_FLAGS", ""):
+        return {}
+    return {YNN_OPTION: "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}
+
+
+def choose(lowering: str, kernel: int, channels: int, out_size: tuple[int, int]) -> tuple[str, int]:
+    """Returns (`lax` | `gemm` | `winograd`, outputs of a block along each direction).
+
+    Raises:
+      UserError: `lowering` is not one of `LOWERINGS`.
+    """
+    if lowering not in LOWERINGS:
+        raise UserError(f"unknown lowering {lowering!r}; {nearest(lowering, LOWERINGS)}")
+    if lowering == "auto":
+        lowering = "gemm" if jax.default_backend() == "cpu" else "lax"
+    if lowering == "lax":
+        return "lax", 1
+    return "gemm", 2
+
+
+def convolve(
+    x: jax.Array | Blocked,
+    kernel: jax.Array,
+    bias: jax.Array | None = None,
+    *,
+    padding: int = 0,
+    pool: bool = False,
+    lowering: str = "auto",
+) -> jax.Array | Blocked:
+    """Convolution of stride 1, then bias, relu and a 2x2 max pool of stride 2.
+
+    Args:
+      x: float [N, H, W, C], or the same as `Blocked`.
+      kernel: [k, k, C, F]; cast to the dtype of `x`.
+      bias: [F], or None for the bare convolution: no bias, relu or pool.
+      padding: zeros around the images.
+      pool: rows and columns left over by an odd size are dropped.
+      lowering: one of `LOWERINGS`.
+
+    Returns:
+      [N, H', W', F] with `lax`, else `Blocked`; in the dtype of `x`. The block forms compute
+      bfloat16 and float16 in float32 and round the result.
+
+    Raises:
+      UserError: unknown lowering, or images smaller than the kernel or the pool.
+    """
+    size = (x.height, x.width) if isinstance(x, Blocked) else x.shape[1:3]
+    k, _, channels, _ = kernel.shape
+    out = tuple(s + 2 * padding - k + 1 for s in size)
+    if min(out) < (2 if pool else 1):
+        what = f"a {k}x{k} convolution{' with a 2x2 pool' if pool else ''}"
+        raise UserError(
+            f"images of {size[0]}x{size[1]} are too small here for {what}: use larger images"
+        )
+    form, block = choose(lowering, k, channels, out)
+    if form == "lax":
+        return _lax(to_images(x), kernel, bias, padding, pool)
+    return _blocks(x, kernel, bias, padding, pool, form, block)
+
+
+def to_images(x: jax.Array | Blocked) -> jax.Array:
+    """[N, H, W, C] of either form."""
+    return blocked.to_images(x) if isinstance(x, Blocked) else x
+
+
+def _lax(x, kernel, bias, padding, pool):
+    y = lax.conv_general_dilated(
+        x,
+        kernel.astype(x.dtype),
+        (1, 1),
+        [(padding, padding)] * 2,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+    if bias is None:
+        return y
+    y = jax.nn.relu(y + bias.astype(x.dtype).reshape(1, 1, 1, -1))
+    if not pool:
+        return y
+    return lax.reduce_window(y, -jnp.inf, lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
+
+
+def _blocks(x, kernel, bias, padding, pool, form, block):
+    x = blocked.reblock(x, block) if isinstance(x, Blocked) else blocked.to_blocked(x, block)
+    if padding:
+        x = blocked.clear_overhang(x)
+    g = Geometry(block, kernel.shape[0], padding, x.batch, x.height, x.width, x.tiles)
+    given = x.phases.dtype
+    phases = x.phases.astype(jnp.float32 if given.itemsize < 4 else given)
+    kernel = _like(kernel.astype(given).astype(phases.dtype), phases)
+    y = im2col_conv(phases, kernel, g)
+    height, width = g.out_size
+    if bias is not None:
+        bias = _like(bias.astype(given).astype(phases.dtype), phases)
+        if pool:
+            y, height, width = epilogue.bias_relu_pool(y, bias), height // 2, width // 2
+        else:
+            y = epilogue.bias_relu(y, bias)
+    return Blocked(y.astype(given), x.batch, height, width)
+
+
+def _like(parameter: jax.Array, data: jax.Array) -> jax.Array:
+    """Marks a parameter as varying over the mesh axes that the data varies over.
+
+    Inside `shard_map` a hand-written gradient must vary like its input; the cast's own gradient
+    then adds the shards' contributions up, as for any other operation.
+    """
+    missing = tuple(_varying(data) - _varying(parameter))
+    return lax.pcast(parameter, missing, to="varying") if missing else parameter
+
+
+def _varying(x: jax.Array) -> frozenset:
+    """The manual mesh axes an array varies over (a field that jax 0.10 moved)."""
+    kind = jax.typeof(x)
+    return kind.mat.varying if hasattr(kind, "mat") else kind.vma
