@@ -34,9 +34,17 @@ def split_indices(key: jax.Array, size: int, fraction: float) -> tuple[np.ndarra
     """
     held_out = round(size * fraction)
     if fraction and not 0 < held_out < size:
-        raise UserError(f"--validation-fraction {fraction:g} of {size} images leaves an empty split")
+        raise UserError(
+            f"--validation-fraction {fraction:g} of {size} images leaves an empty split"
+        )
     order = np.asarray(jax.random.permutation(key, size)).astype(np.int32)
     return np.sort(order[held_out:]), np.sort(order[:held_out])
+
+
+def check_batch_size(batch_size: int, size: int) -> None:
+    """Raises `UserError` where a batch would hold more images than the training split."""
+    if batch_size > size:
+        raise UserError(f"--batch-size {batch_size} is larger than the training split ({size})")
 
 
 def batches(positions: np.ndarray, batch_size: int) -> np.ndarray:

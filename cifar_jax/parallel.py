@@ -41,9 +41,7 @@ def select_platform(name: str) -> str:
         if name == "auto":
             raise UserError(f"JAX finds no usable device: {error}") from None
         extra = {"gpu": "; install .[cuda12] or .[cuda13] and check the driver with nvidia-smi"}
-        raise UserError(
-            f"--device {name}: JAX finds no such device{extra.get(name, '')}"
-        ) from None
+        raise UserError(f"--device {name}: JAX finds no such device{extra.get(name, '')}") from None
     return {"cuda": "gpu", "rocm": "gpu"}.get(found, found)
 
 
@@ -78,6 +76,35 @@ def train_many(step: Callable, state, record, data, order, row, start, length):
         return state, {name: record[name].at[start + i].set(sums[name]) for name in record}
 
     return lax.fori_loop(0, length, body, (state, record))
+
+
+class Chunks:
+    """How many steps to run before the host looks again.
+
+    On a CPU the length follows the measured speed, about `seconds` a chunk: any length runs the
+    same program. Elsewhere a length is a program, so there are two of them in an epoch at most.
+    """
+
+    def __init__(self, steps_per_epoch: int, *, seconds: float = 0.3, most: int = 2048):
+        self._adaptive = jax.default_backend() == "cpu"
+        self._seconds = seconds
+        # Equal parts: the epoch's chunks are then all of one length, or of two.
+        parts = -(-steps_per_epoch // most)
+        self._length = 1 if self._adaptive else -(-steps_per_epoch // parts)
+
+    def next(self, left: int) -> int:
+        """Returns the next chunk's length, at most `left`."""
+        return max(1, min(self._length, left))
+
+    def streamed(self, batch_size: int, images: int = 4096) -> int:
+        """Returns the streamed feed's length: about so many images a chunk."""
+        return max(1, images // batch_size)
+
+    def ran(self, length: int, seconds: float) -> None:
+        """Takes note that `length` steps took `seconds`."""
+        if self._adaptive and length:
+            wanted = self._seconds * length / max(seconds, 1e-6)
+            self._length = int(max(1, min(wanted, 8 * length)))
 
 
 def evaluate_many(step: Callable, variables, data, order):
@@ -128,9 +155,7 @@ def compile_training(step: Callable, static_length: bool | None = None) -> Calla
 
 def compile_evaluation(step: Callable) -> Callable:
     """Returns `evaluate(variables, data, order) -> sums`, jitted."""
-    return jax.jit(
-        functools.partial(evaluate_many, step), compiler_options=compiler_options()
-    )
+    return jax.jit(functools.partial(evaluate_many, step), compiler_options=compiler_options())
 
 
 def compile_prediction(step: Callable) -> Callable:

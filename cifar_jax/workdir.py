@@ -1,10 +1,10 @@
 """The run directory: what a run is, on disk, and when a directory may be used for it.
 
-    config.json      recipe, seed, data set: what must be equal to go on
-    metrics.jsonl    one row a window, an epoch, the test
-    summary.json     written at the end
-    checkpoints/     newest and best
-    plots/           pictures
+config.json      recipe, seed, data set: what must be equal to go on
+metrics.jsonl    one row a window, an epoch, the test
+summary.json     written at the end
+checkpoints/     newest and best
+plots/           pictures
 """
 
 from __future__ import annotations

@@ -1,0 +1,146 @@
+"""Command-line options that the entry points share."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import typing
+from collections.abc import Sequence
+
+from cifar_jax.errors import UserError, lookup, nearest
+from cifar_jax.models import MODELS
+from cifar_jax.recipes import MODEL_RECIPES, RECIPES, Recipe
+
+DEFAULT_RECIPE = "dropout"
+MAX_SEED = 2**31 - 1
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are `UserError`s that name the nearest option."""
+
+    def __init__(self, **settings):
+        settings.setdefault("formatter_class", argparse.ArgumentDefaultsHelpFormatter)
+        super().__init__(allow_abbrev=False, **settings)
+
+    def error(self, message: str) -> typing.NoReturn:
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+    def parse(self, arguments: Sequence[str] | None = None) -> argparse.Namespace:
+        """Parses `arguments`, sys.argv by default. Raises `UserError`."""
+        known, unknown = self.parse_known_args(arguments)
+        if unknown:
+            options = [name for action in self._actions for name in action.option_strings]
+            options = [name for name in options if name.startswith("--")]
+            wrong = unknown[0].split("=")[0]
+            if not wrong.startswith("-"):
+                raise UserError(f"unexpected argument {wrong!r} (see {self.prog} --help)")
+            raise UserError(f"unknown option {wrong}; {nearest(wrong, options)}")
+        return known
+
+
+def names(text: str) -> tuple[str, ...]:
+    """Parses `a,b` or nothing into a tuple of names."""
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def seed(text: str) -> int:
+    """Parses a seed from 0 to 2**31 - 1."""
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+    if not 0 <= value <= MAX_SEED:
+        raise argparse.ArgumentTypeError(f"{value} is not between 0 and {MAX_SEED}")
+    return value
+
+
+def positive(text: str) -> int:
+    """Parses a whole number from 1 on."""
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
+    return value
+
+
+_HELP = {
+    "model": "network; picks its own published recipe",
+    "dataset": "cifar10, cifar100, shapes10 or any prepared tfds set of images",
+    "normalize": "half ([-1, 1]), unit ([0, 1]), cifar10 or imagenet statistics",
+    "augment": "comma-separated: cutout, flip, translate",
+    "validation_fraction": "share of the training images held out",
+    "eval_batch_size": "images in an evaluation batch (results do not depend on it)",
+    "weight_decay": "L2 for sgd and adam, decoupled for adamw",
+    "warmup_epochs": "linear warm-up",
+    "step_epochs": "epochs between two drops of the step schedule",
+    "step_factor": "factor of such a drop",
+    "clip_norm": "largest global gradient norm; 0 is off",
+    "ema_decay": "moving average of the weights, evaluated in their place; 0 is off",
+    "select_best": "test the weights of the lowest validation loss",
+    "log_every": "steps between two printed mean losses; 0 is once an epoch",
+    "precision": "float32, or bfloat16 activations",
+}
+
+
+def add_recipe_options(parser: Parser) -> None:
+    """Adds `--recipe`, `--model` and an option for every other field of a recipe."""
+    group = parser.add_argument_group("recipe", "the default of each option is the recipe's value")
+    group.add_argument("--recipe", help=f"published run: {', '.join(RECIPES)}")
+    types = typing.get_type_hints(Recipe)
+    for field in dataclasses.fields(Recipe):
+        option = f"--{field.name.replace('_', '-')}"
+        shown = {"help": _HELP.get(field.name, " "), "default": argparse.SUPPRESS}
+        if types[field.name] is bool:
+            group.add_argument(option, action=argparse.BooleanOptionalAction, **shown)
+        elif types[field.name] in (int, float, str):
+            kind = types[field.name]
+            group.add_argument(option, type=kind, metavar=kind.__name__.upper(), **shown)
+        else:
+            group.add_argument(option, type=names, metavar="NAMES", **shown)
+
+
+def recipe_from(options: argparse.Namespace) -> tuple[str, Recipe]:
+    """Returns the recipe's name and the recipe with the options given. Raises `UserError`."""
+    given = {
+        field.name: getattr(options, field.name)
+        for field in dataclasses.fields(Recipe)
+        if hasattr(options, field.name)
+    }
+    model = given.get("model")
+    if model is not None:
+        lookup(MODELS, model, "model")
+    name = options.recipe
+    if name is None:
+        name = MODEL_RECIPES.get(model, DEFAULT_RECIPE)
+    return name, lookup(RECIPES, name, "recipe").replace(**given)
+
+
+def add_data_options(parser: Parser) -> None:
+    """Adds where the images come from."""
+    group = parser.add_argument_group("data")
+    group.add_argument("--data-dir", help="tfds directory (else TFDS_DATA_DIR, then ~/...)")
+    group.add_argument("--archive", help="cifar-10-*.tar.gz, or the extracted batches directory")
+    group.add_argument("--image-size", type=positive, help="resize images of another size to this")
+    group.add_argument("--no-download", action="store_true", help="never go to the network")
+
+
+def add_device_options(parser: Parser) -> None:
+    """Adds where and how it runs."""
+    group = parser.add_argument_group("device")
+    group.add_argument("--device", default="auto", help="auto, cpu, gpu or tpu")
+    group.add_argument("--conv", default="auto", help="convolutions: auto, lax, gemm or winograd")
+
+
+def load_data(options: argparse.Namespace, name: str):
+    """Loads the data set that the options name. Raises `UserError`."""
+    from cifar_jax.datasets import load_dataset
+
+    return load_dataset(
+        name,
+        data_dir=options.data_dir,
+        archive=options.archive,
+        image_size=options.image_size,
+        download=not options.no_download,
+    )

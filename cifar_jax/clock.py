@@ -1,0 +1,66 @@
+"""Where a run's time goes: seconds by phase, compilation apart."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+
+import jax
+
+_COMPILING = (
+    "/jax/core/compile/jaxpr_trace_duration",
+    "/jax/core/compile/jaxpr_to_mlir_module_duration",
+    "/jax/core/compile/backend_compile_duration",
+)
+_compiled = 0.0
+_listening = False
+
+
+def _listen(event: str, seconds: float, **_) -> None:
+    global _compiled
+    if event in _COMPILING:
+        _compiled += seconds
+
+
+def compile_seconds() -> float:
+    """Returns the seconds this process has spent tracing and compiling since the first `Clock`."""
+    return _compiled
+
+
+class Clock:
+    """Adds up wall-clock seconds by phase; what JAX compiled meanwhile counts as `compile`.
+
+        with clock("training"): ...
+
+    Phases do not nest.
+    """
+
+    def __init__(self):
+        global _listening
+        if not _listening:
+            jax.monitoring.register_event_duration_secs_listener(_listen)
+            _listening = True
+        self._seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        start, compiled = time.perf_counter(), _compiled
+        try:
+            yield
+        finally:
+            wall, compiling = time.perf_counter() - start, _compiled - compiled
+            self._add("compile", min(compiling, wall))
+            self._add(phase, max(wall - compiling, 0.0))
+
+    def _add(self, phase: str, seconds: float) -> None:
+        self._seconds[phase] = self._seconds.get(phase, 0.0) + seconds
+
+    def seconds(self) -> dict[str, float]:
+        """Returns {phase: seconds} so far."""
+        return {phase: round(value, 4) for phase, value in self._seconds.items()}
+
+    def load(self, seconds: dict[str, float]) -> None:
+        """Adds what an earlier part of the same run took."""
+        for phase, value in seconds.items():
+            self._add(phase, value)

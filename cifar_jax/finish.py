@@ -1,0 +1,181 @@
+"""The end of a run: the test, its report, `summary.json` and the pictures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from cifar_jax import augment, feed, records, report, steps
+from cifar_jax.model_summary import format_table, summarise
+from cifar_jax.recipes import Recipe
+from cifar_jax.training import Print, Run
+from cifar_jax.workdir import write_json
+
+
+def test(run: Run, state: steps.TrainState, split: str) -> tuple[dict, np.ndarray]:
+    """Evaluates every image of a split once.
+
+    Returns:
+      `report.results` with `confusion` int [C, C] added, and probabilities float32 [N, C].
+    """
+    recipe = run.config.recipe
+    with run.clock("test"):
+        found, probabilities = evaluate_split(
+            run, steps.inference_variables(state), split, recipe.eval_batch_size
+        )
+    return found, probabilities
+
+
+def evaluate_split(run: Run, variables: dict, split: str, batch_size: int):
+    """As `test`, for any variables and batch size."""
+    images, labels = run.dataset.splits[split].images, run.dataset.splits[split].labels
+    data = feed.to_device(images, labels)
+    order = feed.batches(np.arange(len(labels), dtype=np.int32), batch_size)
+    sums = jax.device_get(run.evaluate(variables, data, order))
+    found = report.results(sums, sums["confusion"], run.dataset.class_names)
+    found["confusion"] = sums["confusion"]
+    padded = np.maximum(order, 0)
+    logits = run.predict(variables, data["image"][padded])
+    probabilities = np.asarray(jax.nn.softmax(logits)).reshape(-1, logits.shape[-1])
+    return found, probabilities[: len(labels)]
+
+
+def summarize(run: Run, trained: dict, found: dict) -> dict:
+    """Returns the contents of `summary.json`."""
+    recipe, seconds = run.config.recipe, run.clock.seconds()
+    trained_images = recipe.epochs * len(run.training)
+    training = seconds.get("training", 0.0)
+    dataset = dict(run.config.dataset) | {"source": run.dataset.source}
+    return {
+        **run.config.to_dict(),
+        "dataset": dataset,
+        "training_images": len(run.training),
+        "validation_images": len(run.validation),
+        "feed": run.options.feed,
+        "lowering": run.options.lowering,
+        "precision": recipe.precision,
+        "parameters": run.parameters,
+        **trained,
+        **found,
+        "images_per_second": trained_images / training if training else None,
+        "seconds": seconds,
+        **records.environment(),
+    }
+
+
+def opening_lines(run: Run, workdir: Path) -> list[str]:
+    """Returns what a run says before it trains: device, data, precision, model, directory."""
+    recipe, environment = run.config.recipe, records.environment()
+    device, cpu = environment["device"], environment["cpu"]
+    where = f"{device['count']} x {device['kind']} ({device['platform']})"
+    if device["platform"] == "cpu":
+        where = f"cpu, {cpu['usable']} cores ({cpu['model']})"
+    train = len(run.training)
+    tested = len(run.dataset.splits["test"].labels)
+    split = f"{train:,} training, {len(run.validation):,} validation, {tested:,} test images"
+    lines = [
+        f"Device     {where}, jax {environment['versions']['jax']}",
+        f"Data set   {run.dataset.source}",
+        f"Split      {split}, seed {run.config.seed}",
+        f"Precision  {recipe.precision}, convolutions {run.options.lowering}",
+        f"Recipe     {run.config.recipe_name}: {describe(recipe)}",
+        f"Workdir    {workdir}",
+        "",
+        format_table(summarise(run.model, (*run.dataset.splits["train"].images.shape[1:],))),
+        "",
+    ]
+    return lines
+
+
+def describe(recipe: Recipe) -> str:
+    """Returns a recipe's main settings as one phrase."""
+    parts = [f"{recipe.optimizer} lr {recipe.learning_rate:g}"]
+    if recipe.momentum and recipe.optimizer == "sgd":
+        parts.append(f"momentum {recipe.momentum:g}")
+    parts += [f"batch {recipe.batch_size}", f"{recipe.epochs} epochs", f"norm {recipe.normalize}"]
+    parts += [f"augment {'+'.join(recipe.augment)}"] if recipe.augment else []
+    parts.append("tests the best epoch" if recipe.select_best else "tests the last epoch")
+    return ", ".join(parts)
+
+
+def results_text(summary: dict) -> str:
+    """Returns the test's lines and the time's, from `summary.json`'s contents."""
+    result = report.results_lines(summary, split="Test")
+    return f"{result}\n{report.timing_line(summary['seconds'], summary['images_per_second'])}"
+
+
+def finish(run: Run, workdir: Path, state: steps.TrainState, trained: dict, say: Print) -> dict:
+    """Tests the chosen weights, draws, writes `summary.json` last, and returns its contents."""
+    which = "best" if run.config.recipe.select_best else "last"
+    say(f"Testing the weights of the {which} epoch ({trained['tested_epoch']})")
+    found, probabilities = test(run, state, "test")
+    with records.MetricsLog(workdir / "metrics.jsonl") as log:
+        log.append("test", **found)
+    if run.options.plots:
+        draw(run, workdir, found, probabilities)
+    summary = records.to_json(summarize(run, trained, found))
+    predicted = probabilities.argmax(axis=-1)
+    say("")
+    say(
+        report.first_images_lines(
+            run.dataset.splits["test"].labels, predicted, run.dataset.class_names
+        )
+    )
+    say(results_text(summary))
+    write_json(workdir / "summary.json", summary)
+    say(f"Written to {workdir}")
+    return summary
+
+
+def identity(dataset) -> dict:
+    """Returns the part of a run's config that says which data it is about."""
+    return {
+        "name": dataset.name,
+        "version": dataset.version,
+        "fingerprint": dataset.fingerprint,
+        "class_names": list(dataset.class_names),
+        "image_shape": list(dataset.splits["train"].images.shape[1:]),
+    }
+
+
+def draw(run: Run, workdir: Path, found: dict, probabilities: np.ndarray) -> list[Path]:
+    """Draws the run's pictures into `workdir/plots`; returns their paths."""
+    from cifar_jax import plots
+
+    names = run.dataset.class_names
+    folder = workdir / "plots"
+    train, test_split = run.dataset.splits["train"], run.dataset.splits["test"]
+    order = feed.epoch_order(run.keys["order"], 1, run.training, run.config.recipe.batch_size)
+    shown = order.reshape(-1)[: plots.GRID_IMAGES]
+    first = np.asarray(train.images[shown[:1]])
+    normalized = np.asarray(augment.normalize(first, run.config.recipe.normalize))[0]
+    labels, predicted = test_split.labels, probabilities.argmax(axis=-1)
+    few = slice(0, plots.GRID_IMAGES)
+    rows = records.read_metrics(workdir / "metrics.jsonl", "epoch")
+    heading = f"{run.config.recipe.model} on {run.config.dataset['name']}"
+    with run.clock("pictures"):
+        return [
+            plots.training_grid(
+                train.images[shown], train.labels[shown], names, folder / "training_batch.png"
+            ),
+            plots.channels(normalized, folder / "channels.png"),
+            plots.curves(rows, folder / "curves.png", heading=heading),
+            plots.confusion_matrix(found["confusion"], names, folder / "confusion_matrix.png"),
+            plots.predictions(
+                test_split.images[few],
+                labels[few],
+                predicted[few],
+                names,
+                folder / "predictions.png",
+            ),
+            plots.mistakes(
+                test_split.images,
+                labels,
+                predicted,
+                probabilities,
+                names,
+                folder / "mistakes.png",
+            ),
+        ]

@@ -1,0 +1,137 @@
+"""Trains a recipe and tests it: `python -m cifar_jax.train --model dropout_cnn`."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from cifar_jax import cli
+from cifar_jax.errors import UserError, nearest, run_command
+
+
+def make_parser() -> cli.Parser:
+    parser = cli.Parser(prog="python -m cifar_jax.train", description=__doc__)
+    parser.add_argument("--seed", type=cli.seed, default=42, help="of everything random")
+    parser.add_argument("--workdir", help="run directory; resumes by itself (default: runs/...)")
+    parser.add_argument("--overwrite", action="store_true", help="start anew in a used workdir")
+    parser.add_argument(
+        "--save-minutes", type=float, default=5.0, help="between two saves inside an epoch"
+    )
+    parser.add_argument("--feed", default="resident", help="resident (on the device) or stream")
+    parser.add_argument("--no-plots", action="store_true", help="draw no pictures at the end")
+    parser.add_argument(
+        "--tensorboard", action="store_true", help="write event files too (extra: tensorboard)"
+    )
+    parser.add_argument(
+        "--fallback-shapes10",
+        action="store_true",
+        help="where the data set cannot be had, train on the built-in shapes10 and say so",
+    )
+    cli.add_recipe_options(parser)
+    cli.add_data_options(parser)
+    cli.add_device_options(parser)
+    return parser
+
+
+@contextmanager
+def stop_requests() -> Iterator:
+    """Catches SIGINT and SIGTERM; yields a function that returns the signal's number or None.
+
+    A second signal acts at once, as it would have without this.
+    """
+    received: list[int] = []
+
+    def handler(number, _frame):
+        received.append(number)
+        signal.signal(number, former[number])
+
+    former = {n: signal.signal(n, handler) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: received[0] if received else None
+    finally:
+        for number, old in former.items():
+            signal.signal(number, old)
+
+
+def _load(options, recipe, say):
+    try:
+        return cli.load_data(options, recipe.dataset), recipe
+    except UserError as error:
+        if not options.fallback_shapes10 or recipe.dataset == "shapes10":
+            raise
+        say(f"NOTICE: {recipe.dataset} cannot be had ({error})")
+        say("NOTICE: training on the built-in set shapes10 instead: drawn shapes, not photographs;")
+        say("NOTICE: every figure below is for shapes10 and says nothing about CIFAR-10.")
+        return cli.load_data(options, "shapes10"), recipe.replace(dataset="shapes10")
+
+
+def main(arguments: Sequence[str] | None = None, say=print) -> dict:
+    """Parses, trains, tests, reports. Returns what `summary.json` holds. Raises `UserError`."""
+    options = make_parser().parse(arguments)
+    recipe_name, recipe = cli.recipe_from(options)
+    from cifar_jax import feed, parallel
+    from cifar_jax.models import lowering
+
+    for name, valid, kind in (
+        (options.feed, feed.FEEDS, "feed"),
+        (options.conv, lowering.LOWERINGS, "convolution"),
+    ):
+        if name not in valid:
+            raise UserError(f"unknown {kind} {name!r}; {nearest(name, valid)}")
+    if not options.save_minutes > 0:
+        raise UserError(f"--save-minutes must be above 0, got {options.save_minutes:g}")
+    parallel.select_platform(options.device)
+    parallel.enable_compilation_cache()
+
+    from cifar_jax import finish, training
+    from cifar_jax.clock import Clock
+    from cifar_jax.workdir import Config, open_workdir
+
+    clock = Clock()
+    with clock("data"):
+        dataset, recipe = _load(options, recipe, say)
+    config = Config(recipe_name, recipe, options.seed, finish.identity(dataset))
+    workdir = Path(options.workdir or f"runs/{recipe_name}-seed{options.seed}").absolute()
+    run_options = training.Options(
+        feed=options.feed,
+        lowering=options.conv,
+        save_minutes=options.save_minutes,
+        plots=not options.no_plots,
+        tensorboard=options.tensorboard,
+    )
+    run = training.make_run(config, dataset, run_options, clock)
+    with open_workdir(workdir, config, overwrite=options.overwrite) as resume:
+        done = workdir / "summary.json"
+        if resume and done.exists():
+            say(f"{workdir} holds this run, complete; --overwrite trains it anew")
+            summary = json.loads(done.read_text(encoding="utf-8"))
+            say(finish.results_text(summary))
+            return summary
+        for line in finish.opening_lines(run, workdir):
+            say(line)
+        with stop_requests() as stop:
+            try:
+                state, trained = training.train(run, workdir, stop, say, resume)
+            except training.Interrupted as interrupted:
+                number, step = interrupted.args
+                words = sys.argv[1:] if arguments is None else arguments
+                again = shlex.join(_again(words, workdir))
+                say(f"Stopped by {signal.Signals(number).name} after step {step}; all is saved.")
+                say(f"Go on with: python -m cifar_jax.train {again}")
+                raise SystemExit(128 + number) from None
+        return finish.finish(run, workdir, state, trained, say)
+
+
+def _again(arguments: Sequence[str], workdir: Path) -> list[str]:
+    kept = [word for word in arguments if word != "--overwrite"]
+    named = any(word.split("=")[0] == "--workdir" for word in kept)
+    return kept if named else [*kept, "--workdir", str(workdir)]
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

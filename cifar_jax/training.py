@@ -1,0 +1,364 @@
+"""The training loop: chunks of steps, validation, checkpoints, rows, and the test at the end.
+
+A run is a function of its `Config` and its data. Everything here that depends on time (chunk
+lengths, saves between epochs, interruptions) decides when the host looks, never what is computed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from cifar_jax import feed, optimizers, parallel, report, steps
+from cifar_jax.checkpoints import Checkpoints
+from cifar_jax.checks import check_first_forward, check_loss, stuck_advice
+from cifar_jax.clock import Clock
+from cifar_jax.datasets import Dataset, record_source
+from cifar_jax.models import make_model
+from cifar_jax.records import MetricsLog, read_metrics
+from cifar_jax.workdir import Config
+
+Print = Callable[[str], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How to run: nothing here changes which images a step sees or what it computes of them.
+
+    Attributes:
+      feed: `resident` or `stream`.
+      lowering: how convolutions are computed; results differ in rounding only.
+      save_minutes: minutes between two saves within an epoch.
+      plots: whether to draw the pictures at the end.
+      tensorboard: whether to write TensorBoard events too.
+    """
+
+    feed: str = "resident"
+    lowering: str = "auto"
+    save_minutes: float = 5.0
+    plots: bool = True
+    tensorboard: bool = False
+
+
+class Interrupted(Exception):
+    """A signal asked the run to stop; all is saved. `args` is (signal number, step)."""
+
+
+@dataclasses.dataclass
+class Run:
+    """A run's constant parts: what `train`'s phases share."""
+
+    config: Config
+    dataset: Dataset
+    options: Options
+    clock: Clock
+    model: Any
+    training: np.ndarray
+    validation: np.ndarray
+    keys: dict[str, jax.Array]
+    create: Callable[[], steps.TrainState]
+    train_many: Callable
+    evaluate: Callable
+    predict: Callable
+
+    @property
+    def parameters(self) -> int:
+        return sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(self.create).params))
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-len(self.training) // self.config.recipe.batch_size)
+
+
+def make_run(config: Config, dataset: Dataset, options: Options, clock: Clock) -> Run:
+    """Builds model, optimizer, splits and programs; nothing is computed or compiled yet.
+
+    Raises:
+      UserError: an unknown name, or a batch larger than the training split.
+    """
+    recipe = config.recipe
+    keys = feed.run_keys(config.seed)
+    size = len(dataset.splits["train"].labels)
+    training, validation = feed.split_indices(keys["split"], size, recipe.validation_fraction)
+    feed.check_batch_size(recipe.batch_size, len(training))
+    model = make_model(recipe.model, len(dataset.class_names), lowering=options.lowering)
+    steps_per_epoch = -(-len(training) // recipe.batch_size)
+    optimizer = optimizers.make_optimizer(recipe, steps_per_epoch)
+    image_shape = dataset.splits["train"].images.shape[1:]
+    prepare = steps.make_preprocess(recipe.normalize, recipe.augment, recipe.precision)
+    step = functools.partial(
+        steps.train_step,
+        model=model,
+        optimizer=optimizer,
+        preprocess=prepare,
+        label_smoothing=recipe.label_smoothing,
+        ema_decay=recipe.ema_decay,
+    )
+    inference = {"model": model, "preprocess": prepare}
+    return Run(
+        config=config,
+        dataset=dataset,
+        options=options,
+        clock=clock,
+        model=model,
+        training=training,
+        validation=validation,
+        keys=keys,
+        create=jax.jit(
+            functools.partial(
+                steps.create_state,
+                model,
+                optimizer,
+                keys["state"],
+                image_shape=image_shape,
+                ema=recipe.ema_decay > 0,
+            )
+        ),
+        train_many=parallel.compile_training(step),
+        evaluate=parallel.compile_evaluation(functools.partial(steps.eval_step, **inference)),
+        predict=parallel.compile_prediction(functools.partial(steps.predict_step, **inference)),
+    )
+
+
+def train(
+    run: Run, workdir: Path, stop: Callable[[], int | None], say: Print, resume: bool
+) -> tuple[steps.TrainState, dict]:
+    """Trains to the recipe's last epoch, going on from the newest checkpoint if there is one.
+
+    Args:
+      workdir: the run directory, opened by `open_workdir`.
+      stop: returns the number of a signal that asks to stop, or None.
+      say: prints a line.
+      resume: whether there may be checkpoints to go on from.
+
+    Returns:
+      The state to test (best or last, as the recipe says), and {"best_epoch",
+      "best_validation_loss", "epochs", "steps"}.
+
+    Raises:
+      Interrupted: stopped by a signal, after saving.
+      UserError: non-finite loss, a full disk, or no good checkpoint among those there.
+    """
+    recipe, clock = run.config.recipe, run.clock
+    total = recipe.epochs * run.steps_per_epoch
+    log = MetricsLog(workdir / "metrics.jsonl")
+    with Checkpoints(workdir / "checkpoints") as checkpoints:
+        position = _begin(run, checkpoints, log, say, resume)
+        clock.load(position.seconds)
+        data = _resident(run)
+        images_done = _images(run, position)
+        with report.Progress(recipe.epochs * len(run.training), done=images_done) as bar:
+            printer = bar.print if say is print else say
+            loop = _Loop(run, checkpoints, log, data, stop, printer, bar)
+            while position.epoch <= recipe.epochs:
+                position = loop.epoch(position)
+        with clock("saving"):
+            checkpoints.wait()
+        which = "best" if recipe.select_best else "latest"
+        chosen = checkpoints.restore(_payload(run, position.state, position.record), which=which)
+    best = report.best_epoch(read_metrics(log.path, "epoch"))
+    found = {
+        "best_epoch": best["epoch"] if best else None,
+        "best_validation_loss": best["validation_loss"] if best else None,
+        "tested_epoch": chosen.extra["epoch"] - 1,
+        "epochs": recipe.epochs,
+        "steps": total,
+    }
+    return chosen.state["state"], found
+
+
+@dataclasses.dataclass
+class Position:
+    """Where a run stands: `step` steps into `epoch` (from 1), with that epoch's record."""
+
+    epoch: int
+    step: int
+    state: steps.TrainState
+    record: dict[str, jax.Array]
+    seconds: dict[str, float]
+
+
+def _payload(run: Run, state, record) -> dict:
+    return {"state": state, "record": record}
+
+
+def _images(run: Run, position: Position) -> int:
+    in_epoch = min(position.step * run.config.recipe.batch_size, len(run.training))
+    return (position.epoch - 1) * len(run.training) + in_epoch
+
+
+def _begin(run: Run, checkpoints: Checkpoints, log: MetricsLog, say: Print, resume: bool):
+    """Returns the position to train from: the newest good checkpoint, or the start."""
+    if resume and checkpoints.steps():
+        abstract = jax.eval_shape(
+            lambda: _payload(run, run.create(), parallel.empty_record(run.steps_per_epoch))
+        )
+        with run.clock("restoring"):
+            found = checkpoints.restore(abstract)
+        for line in found.skipped:
+            say(f"warning: {line}")
+        extra = found.extra
+        missing = log.truncate(extra["metrics_offset"])
+        if missing:
+            say(f"warning: {log.path} lost {missing} bytes of earlier rows; the run goes on")
+        say(f"Going on from step {found.step} (epoch {extra['epoch']}, step {extra['step']})")
+        return Position(
+            extra["epoch"],
+            extra["step"],
+            *jax.device_put((found.state["state"], found.state["record"])),
+            extra["seconds"],
+        )
+    log.truncate(0)
+    state = run.create()
+    check_first_forward(run, state)
+    return Position(1, 0, state, parallel.empty_record(run.steps_per_epoch), {})
+
+
+def _resident(run: Run) -> dict[str, jax.Array] | None:
+    """The training split on the device; None where only the streamed feed will read it."""
+    if run.options.feed == "stream" and not len(run.validation):
+        return None
+    split = run.dataset.splits["train"]
+    with run.clock("data"):
+        if run.options.feed == "resident":
+            return feed.to_device(split.images, split.labels)
+        # Validation reads its own images only; positions are then 0, 1, 2 ...
+        return feed.to_device(split.images[run.validation], split.labels[run.validation])
+
+
+class _Loop:
+    """One epoch after another; it owns no state of the run, `Position` does."""
+
+    def __init__(self, run, checkpoints, log, data, stop, say, bar):
+        self.run, self.checkpoints, self.log, self.data = run, checkpoints, log, data
+        self.stop, self.say, self.bar = stop, say, bar
+        self.recipe = run.config.recipe
+        self.chunks = parallel.Chunks(run.steps_per_epoch)
+        self.saved_at = time.monotonic()
+        positions = run.validation
+        if run.options.feed == "stream":
+            positions = np.arange(len(run.validation), dtype=np.int32)
+        self.validation_order = (
+            jax.device_put(feed.batches(positions, self.recipe.eval_batch_size))
+            if len(positions)
+            else None
+        )
+
+    def epoch(self, at: Position) -> Position:
+        """Trains to the end of the epoch, validates, writes its row and saves."""
+        run, recipe, clock = self.run, self.recipe, self.run.clock
+        started = time.monotonic()
+        with clock("training"):
+            order = feed.epoch_order(run.keys["order"], at.epoch, run.training, recipe.batch_size)
+        source = self._chunks(order, at.step)
+        while at.step < len(order):
+            with clock("training"):
+                length, data, rows, row = next(source)
+                began = time.monotonic()
+                state, record = run.train_many(
+                    at.state, at.record, data, rows, row, at.step, length
+                )
+                host = {name: np.array(values) for name, values in record.items()}
+                self.chunks.ran(length, time.monotonic() - began)
+            before, at = (
+                at.step,
+                dataclasses.replace(at, step=at.step + length, state=state, record=record),
+            )
+            self._after_chunk(at, host, before, order)
+        host = {name: np.array(values) for name, values in at.record.items()}
+        return self._finish_epoch(at, host, started)
+
+    def _chunks(self, order, start):
+        """Yields (length, data, order, its first row) until the epoch's end."""
+        run = self.run
+        if run.options.feed == "resident":
+            order = jax.device_put(order)
+            while start < len(order):
+                length = self.chunks.next(len(order) - start)
+                yield length, self.data, order, start
+                start += length
+            return
+        per_chunk = self.chunks.streamed(order.shape[1])
+        source = record_source(run.dataset.splits["train"])
+        for data, rows, length in feed.stream(source, order, start, per_chunk):
+            yield length, jax.device_put(data), jax.device_put(rows), 0
+
+    def _after_chunk(self, at: Position, host: dict, before: int, order: np.ndarray) -> None:
+        run, recipe = self.run, self.recipe
+        first_step = (at.epoch - 1) * len(order)
+        check_loss(host, before, at.step, first_step, recipe, len(order), self.checkpoints)
+        losses = host["loss"][: at.step] / host["count"][: at.step]
+        every = recipe.log_every
+        if every:
+            for end in range((before // every + 1) * every, at.step + 1, every):
+                mean = float(losses[end - every : end].astype(np.float64).mean())
+                row = self.log.append("window", epoch=at.epoch, step=first_step + end, loss=mean)
+                self.say(report.window_line(row, len(order)))
+        images = int(host["count"][before : at.step].sum())
+        self.bar.update(images, epoch=at.epoch, loss=float(losses[before:].mean()))
+        signal = self.stop()
+        due = time.monotonic() - self.saved_at > 60 * run.options.save_minutes
+        if at.step < len(order) and (signal or due):
+            self._save(at, metric=None, block=bool(signal))
+        if signal and at.step < len(order):
+            raise Interrupted(signal, first_step + at.step)
+
+    def _finish_epoch(self, at: Position, host: dict, started: float) -> Position:
+        run, recipe = self.run, self.recipe
+        means = report.rates({name: values.sum(dtype=np.float64) for name, values in host.items()})
+        step = at.epoch * run.steps_per_epoch
+        row = {
+            "epoch": at.epoch,
+            "step": step,
+            "train_loss": means["loss"],
+            "train_accuracy": means["accuracy"],
+            "learning_rate": optimizers.learning_rate(recipe, run.steps_per_epoch, step - 1),
+        }
+        metric = None
+        if self.validation_order is not None:
+            with run.clock("validation"):
+                sums = jax.device_get(
+                    run.evaluate(
+                        steps.inference_variables(at.state), self.data, self.validation_order
+                    )
+                )
+            found = report.rates(sums)
+            row |= {"validation_loss": found["loss"], "validation_accuracy": found["accuracy"]}
+            metric = found["loss"]
+        row = self.log.append(
+            "epoch", **row, timing={"seconds": round(time.monotonic() - started, 3)}
+        )
+        best = report.best_epoch(read_metrics(self.log.path, "epoch"))
+        is_best = best is not None and best["epoch"] == at.epoch
+        self.say(report.epoch_line(row, recipe.epochs, best=is_best))
+        if at.epoch == 1:
+            for line in stuck_advice(means, len(run.dataset.class_names)):
+                self.say(line)
+        record = parallel.empty_record(run.steps_per_epoch)
+        at = dataclasses.replace(at, epoch=at.epoch + 1, step=0, record=record)
+        signal = self.stop()
+        self._save(at, metric=metric, block=bool(signal))
+        if signal and at.epoch <= recipe.epochs:
+            raise Interrupted(signal, step)
+        return at
+
+    def _save(self, at: Position, metric: float | None, block: bool) -> None:
+        run = self.run
+        with run.clock("saving"):
+            extra = {
+                "epoch": at.epoch,
+                "step": at.step,
+                "metrics_offset": self.log.offset(),
+                "seconds": run.clock.seconds(),
+            }
+            step = (at.epoch - 1) * run.steps_per_epoch + at.step
+            payload = _payload(run, at.state, at.record)
+            self.checkpoints.save(step, payload, extra, metric=metric, block=block)
+        self.saved_at = time.monotonic()
