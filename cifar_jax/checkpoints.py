@@ -59,7 +59,9 @@ def _load(folder: Path, manifest: dict[str, Any], wanted: dict, treedef: Any) ->
     import orbax.checkpoint as ocp
 
     manifests.verify(folder, manifest)
-    target = leaves.nest({path: leaves.target(leaf) for path, leaf in wanted.items()})
+    target = leaves.nest(
+        {path: leaves.target(leaf) for path, leaf in wanted.items() if not leaves.is_empty(leaf)}
+    )
     try:
         with ocp.StandardCheckpointer() as checkpointer:
             tree = checkpointer.restore(folder / "state", target)
@@ -69,7 +71,7 @@ def _load(folder: Path, manifest: dict[str, Any], wanted: dict, treedef: Any) ->
     return jax.tree_util.tree_unflatten(
         treedef,
         [
-            leaves.restored(leaf, values[path], manifest["keys"].get("/".join(path)))
+            leaves.restored(leaf, values.get(path), manifest["keys"].get("/".join(path)))
             for path, leaf in wanted.items()
         ],
     )
@@ -192,7 +194,9 @@ class Checkpoints:
                 if leaves.is_key(leaf)
             },
         }
-        tree = leaves.nest({path: leaves.storable(leaf) for path, leaf in named.items()})
+        tree = leaves.nest(
+            {p: leaves.storable(leaf) for p, leaf in named.items() if not leaves.is_empty(leaf)}
+        )
         jax.block_until_ready(tree)  # a failed computation is no failed save
         folder = self._new_folder(int(step))
         try:

@@ -57,6 +57,11 @@ def storable(leaf: Any) -> Any:
     return leaf if isinstance(leaf, jax.Array) else np.array(leaf)
 
 
+def is_empty(leaf: Any) -> bool:
+    """Whether it has no elements; Orbax refuses such arrays, so they are only in the manifest."""
+    return 0 in getattr(leaf, "shape", ())
+
+
 def _placed(leaf: Any) -> bool:
     """Whether the wanted leaf names the devices it must be on."""
     if isinstance(leaf, jax.Array):
@@ -76,7 +81,11 @@ def target(leaf: Any) -> Any:
 
 
 def restored(wanted: Any, value: Any, key_impl: str | None) -> Any:
-    """What `wanted` asked for, from what Orbax returned for `target(wanted)`."""
+    """What `wanted` asked for, from what Orbax returned for `target(wanted)`, None if empty."""
+    if value is None:
+        value = target(wanted)
+        if _placed(wanted):
+            value = jax.device_put(np.zeros(value.shape, value.dtype), value.sharding)
     if type(wanted) in _PYTHON:
         return type(wanted)(value.item())
     if isinstance(wanted, np.generic):
