@@ -133,7 +133,27 @@ def add_device_options(parser: Parser) -> None:
     group.add_argument("--conv", default="auto", help="convolutions: auto, lax, gemm or winograd")
 
 
-def load_data(options: argparse.Namespace, name: str):
+def start_device(options: argparse.Namespace) -> None:
+    """Takes the device and the lowering that the options name. Raises `UserError`."""
+    from cifar_jax import parallel
+    from cifar_jax.models.lowering import LOWERINGS
+
+    if options.conv not in LOWERINGS:
+        raise UserError(f"unknown --conv {options.conv!r}; {nearest(options.conv, LOWERINGS)}")
+    parallel.select_platform(options.device)
+    parallel.enable_compilation_cache()
+
+
+def checkpoint_name(text: str | None) -> str | int | None:
+    """Parses `--checkpoint`: best, latest, a step, or None. Raises `UserError`."""
+    if text is None or text in ("best", "latest"):
+        return text
+    if text.isdigit():
+        return int(text)
+    raise UserError(f"--checkpoint must be best, latest or a step, got {text!r}")
+
+
+def load_data(options: argparse.Namespace, name: str, splits: Sequence[str] = ("train", "test")):
     """Loads the data set that the options name. Raises `UserError`."""
     from cifar_jax.datasets import load_dataset
 
@@ -143,4 +163,5 @@ def load_data(options: argparse.Namespace, name: str):
         archive=options.archive,
         image_size=options.image_size,
         download=not options.no_download,
+        splits=splits,
     )

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import jax
 import numpy as np
 
-from cifar_jax import augment, feed, records, report, steps
+from cifar_jax import augment, feed, inference, records, report, steps
 from cifar_jax.model_summary import format_table, summarise
 from cifar_jax.recipes import Recipe
 from cifar_jax.training import Print, Run
@@ -15,31 +14,16 @@ from cifar_jax.workdir import write_json
 
 
 def test(run: Run, state: steps.TrainState, split: str) -> tuple[dict, np.ndarray]:
-    """Evaluates every image of a split once.
-
-    Returns:
-      `report.results` with `confusion` int [C, C] added, and probabilities float32 [N, C].
-    """
-    recipe = run.config.recipe
+    """Evaluates every image of a split once; see `inference.evaluate_split`."""
     with run.clock("test"):
-        found, probabilities = evaluate_split(
-            run, steps.inference_variables(state), split, recipe.eval_batch_size
+        return inference.evaluate_split(
+            run.evaluate,
+            run.predict,
+            steps.inference_variables(state),
+            run.dataset.splits[split],
+            run.dataset.class_names,
+            run.config.recipe.eval_batch_size,
         )
-    return found, probabilities
-
-
-def evaluate_split(run: Run, variables: dict, split: str, batch_size: int):
-    """As `test`, for any variables and batch size."""
-    images, labels = run.dataset.splits[split].images, run.dataset.splits[split].labels
-    data = feed.to_device(images, labels)
-    order = feed.batches(np.arange(len(labels), dtype=np.int32), batch_size)
-    sums = jax.device_get(run.evaluate(variables, data, order))
-    found = report.results(sums, sums["confusion"], run.dataset.class_names)
-    found["confusion"] = sums["confusion"]
-    padded = np.maximum(order, 0)
-    logits = run.predict(variables, data["image"][padded])
-    probabilities = np.asarray(jax.nn.softmax(logits)).reshape(-1, logits.shape[-1])
-    return found, probabilities[: len(labels)]
 
 
 def summarize(run: Run, trained: dict, found: dict) -> dict:
@@ -127,17 +111,6 @@ def finish(run: Run, workdir: Path, state: steps.TrainState, trained: dict, say:
     write_json(workdir / "summary.json", summary)
     say(f"Written to {workdir}")
     return summary
-
-
-def identity(dataset) -> dict:
-    """Returns the part of a run's config that says which data it is about."""
-    return {
-        "name": dataset.name,
-        "version": dataset.version,
-        "fingerprint": dataset.fingerprint,
-        "class_names": list(dataset.class_names),
-        "image_shape": list(dataset.splits["train"].images.shape[1:]),
-    }
 
 
 def draw(run: Run, workdir: Path, found: dict, probabilities: np.ndarray) -> list[Path]:

@@ -45,6 +45,12 @@ def select_platform(name: str) -> str:
     return {"cuda": "gpu", "rocm": "gpu"}.get(found, found)
 
 
+def describe_device() -> str:
+    """Returns e.g. `2 x NVIDIA H200 (gpu)`: what JAX computes on."""
+    device = jax.devices()[0]
+    return f"{jax.device_count()} x {device.device_kind} ({device.platform})"
+
+
 def enable_compilation_cache() -> str:
     """Turns on JAX's persistent compilation cache in the user's cache directory.
 

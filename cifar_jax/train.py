@@ -74,28 +74,22 @@ def main(arguments: Sequence[str] | None = None, say=print) -> dict:
     """Parses, trains, tests, reports. Returns what `summary.json` holds. Raises `UserError`."""
     options = make_parser().parse(arguments)
     recipe_name, recipe = cli.recipe_from(options)
-    from cifar_jax import feed, parallel
-    from cifar_jax.models import lowering
+    from cifar_jax import feed
 
-    for name, valid, kind in (
-        (options.feed, feed.FEEDS, "feed"),
-        (options.conv, lowering.LOWERINGS, "convolution"),
-    ):
-        if name not in valid:
-            raise UserError(f"unknown {kind} {name!r}; {nearest(name, valid)}")
+    if options.feed not in feed.FEEDS:
+        raise UserError(f"unknown --feed {options.feed!r}; {nearest(options.feed, feed.FEEDS)}")
     if not options.save_minutes > 0:
         raise UserError(f"--save-minutes must be above 0, got {options.save_minutes:g}")
-    parallel.select_platform(options.device)
-    parallel.enable_compilation_cache()
+    cli.start_device(options)
 
     from cifar_jax import finish, training
     from cifar_jax.clock import Clock
-    from cifar_jax.workdir import Config, open_workdir
+    from cifar_jax.workdir import Config, describe_data, open_workdir
 
     clock = Clock()
     with clock("data"):
         dataset, recipe = _load(options, recipe, say)
-    config = Config(recipe_name, recipe, options.seed, finish.identity(dataset))
+    config = Config(recipe_name, recipe, options.seed, describe_data(dataset))
     workdir = Path(options.workdir or f"runs/{recipe_name}-seed{options.seed}").absolute()
     run_options = training.Options(
         feed=options.feed,

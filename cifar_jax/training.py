@@ -74,7 +74,7 @@ class Run:
 
     @property
     def steps_per_epoch(self) -> int:
-        return -(-len(self.training) // self.config.recipe.batch_size)
+        return self.config.steps_per_epoch
 
 
 def make_run(config: Config, dataset: Dataset, options: Options, clock: Clock) -> Run:
@@ -89,8 +89,7 @@ def make_run(config: Config, dataset: Dataset, options: Options, clock: Clock) -
     training, validation = feed.split_indices(keys["split"], size, recipe.validation_fraction)
     feed.check_batch_size(recipe.batch_size, len(training))
     model = make_model(recipe.model, len(dataset.class_names), lowering=options.lowering)
-    steps_per_epoch = -(-len(training) // recipe.batch_size)
-    optimizer = optimizers.make_optimizer(recipe, steps_per_epoch)
+    optimizer = optimizers.make_optimizer(recipe, config.steps_per_epoch)
     image_shape = dataset.splits["train"].images.shape[1:]
     prepare = steps.make_preprocess(recipe.normalize, recipe.augment, recipe.precision)
     step = functools.partial(

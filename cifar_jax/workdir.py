@@ -33,7 +33,8 @@ class Config:
       recipe_name: the entry of `RECIPES` it started from.
       recipe: all its settings, overrides included.
       seed: of weights, split, order, dropout and augmentation.
-      dataset: `name`, `version`, `fingerprint`, `class_names`, `image_shape` of the data.
+      dataset: `name`, `version`, `fingerprint`, `class_names`, `image_shape` and `sizes` (images
+        by split) of the data.
     """
 
     recipe_name: str
@@ -41,7 +42,18 @@ class Config:
     seed: int
     dataset: dict
 
+    @property
+    def training_images(self) -> int:
+        """Images of the training split that are not held out for validation."""
+        size = self.dataset["sizes"]["train"]
+        return size - round(size * self.recipe.validation_fraction)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-self.training_images // self.recipe.batch_size)
+
     def to_dict(self) -> dict:
+        """Returns the contents of config.json."""
         return {
             "format": FORMAT,
             "recipe_name": self.recipe_name,
@@ -49,6 +61,18 @@ class Config:
             "seed": self.seed,
             "dataset": self.dataset,
         }
+
+
+def describe_data(dataset) -> dict:
+    """Returns the part of a config that says which data a run is about."""
+    return {
+        "name": dataset.name,
+        "version": dataset.version,
+        "fingerprint": dataset.fingerprint,
+        "class_names": list(dataset.class_names),
+        "image_shape": list(dataset.splits["train"].images.shape[1:]),
+        "sizes": {name: len(split) for name, split in dataset.splits.items()},
+    }
 
 
 def read_config(path: Path) -> Config:

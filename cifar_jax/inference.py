@@ -1,0 +1,143 @@
+"""Trained weights taken out of a run directory, for `evaluate`, `predict` and research code."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cifar_jax import checkpoints, feed, optimizers, parallel, report, steps
+from cifar_jax.datasets import Split
+from cifar_jax.errors import UserError
+from cifar_jax.models import make_model
+from cifar_jax.workdir import Config, read_config
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """A trained model.
+
+    Attributes:
+      config: of its run.
+      model: the linen module; its `apply(variables, preprocess(images))` gives logits.
+      variables: what to evaluate: parameters (averaged where the recipe says so) and statistics.
+      preprocess: images uint8 [N, H, W, 3] -> normalised floats.
+      step: optimizer steps the weights have seen.
+      directory: the checkpoint's run directory.
+      notices: one line for each damaged checkpoint passed over.
+    """
+
+    config: Config
+    model: nn.Module
+    variables: dict[str, Any]
+    preprocess: Any
+    step: int
+    directory: Path
+    notices: list[str]
+
+    @property
+    def class_names(self) -> list[str]:
+        return self.config.dataset["class_names"]
+
+    def logits(self, images) -> jax.Array:
+        """Returns float32 logits [N, classes] of uint8 images [N, H, W, 3]."""
+        return steps.predict_step(
+            self.variables, jnp.asarray(images), model=self.model, preprocess=self.preprocess
+        )
+
+
+def load(path: str | Path, which: str | int | None = None, *, lowering: str = "auto") -> Trained:
+    """Loads the weights of a run.
+
+    Args:
+      path: a run directory, its `checkpoints`, or one checkpoint in it.
+      which: `best`, `latest` or a step; by default what the recipe would test.
+      lowering: how convolutions are computed.
+
+    Raises:
+      UserError: no run directory, no such checkpoint, or none that is undamaged.
+    """
+    folder, asked = checkpoints.locate(path, which or "latest")
+    run = folder.parent
+    config = read_config(run)
+    recipe = config.recipe
+    if which is None and asked == "latest" and recipe.select_best:
+        asked = "best" if checkpoints.best_step(folder) is not None else "latest"
+    model = make_model(recipe.model, len(config.dataset["class_names"]), lowering=lowering)
+    optimizer = optimizers.make_optimizer(recipe, config.steps_per_epoch)
+    create = functools.partial(
+        steps.create_state,
+        model,
+        optimizer,
+        jax.random.key(0),
+        image_shape=tuple(config.dataset["image_shape"]),
+        ema=recipe.ema_decay > 0,
+    )
+    abstract = jax.eval_shape(
+        lambda: {"state": create(), "record": parallel.empty_record(config.steps_per_epoch)}
+    )
+    found = checkpoints.restore(folder, abstract, which=asked)
+    state = jax.device_put(found.state["state"])
+    return Trained(
+        config=config,
+        model=model,
+        variables=steps.inference_variables(state),
+        preprocess=steps.make_preprocess(recipe.normalize, precision=recipe.precision),
+        step=found.step,
+        directory=run,
+        notices=found.skipped,
+    )
+
+
+def evaluate_split(
+    evaluate: Callable,
+    predict: Callable,
+    variables: dict,
+    split: Split,
+    class_names: Sequence[str],
+    batch_size: int,
+) -> tuple[dict, np.ndarray]:
+    """Evaluates every image of a split once, whatever the batch size.
+
+    Args:
+      evaluate, predict: from `parallel.compile_evaluation` and `compile_prediction`.
+      batch_size: images in a batch; the last is padded and masked.
+
+    Returns:
+      `report.results` with `confusion` int [C, C] added, and probabilities float32 [N, C].
+    """
+    size = len(split.labels)
+    data = feed.to_device(split.images, split.labels)
+    order = feed.batches(np.arange(size, dtype=np.int32), min(batch_size, size))
+    sums = jax.device_get(evaluate(variables, data, order))
+    found = report.results(sums, sums["confusion"], class_names)
+    found["confusion"] = sums["confusion"]
+    logits = predict(variables, data["image"][np.maximum(order, 0)])
+    probabilities = np.asarray(jax.nn.softmax(logits)).reshape(-1, logits.shape[-1])
+    return found, probabilities[:size]
+
+
+def programs(trained: Trained) -> tuple[Callable, Callable]:
+    """Returns the compiled (evaluate, predict) of a trained model."""
+    parts = {"model": trained.model, "preprocess": trained.preprocess}
+    return (
+        parallel.compile_evaluation(functools.partial(steps.eval_step, **parts)),
+        parallel.compile_prediction(functools.partial(steps.predict_step, **parts)),
+    )
+
+
+def check_classes(trained: Trained, class_names: Sequence[str]) -> None:
+    """Raises `UserError` where a data set's classes are not those the model was trained on."""
+    if list(class_names) != list(trained.class_names):
+        raise UserError(
+            f"{trained.directory} was trained on the classes {', '.join(trained.class_names[:4])} "
+            f"... ({len(trained.class_names)}); the data set has {', '.join(class_names[:4])} ... "
+            f"({len(class_names)})"
+        )
