@@ -1,3 +1,44 @@
-"""CIFAR-10 training in pure-functional JAX, for people who know the PyTorch tutorial."""
+"""CIFAR-10 training in pure-functional JAX, for people who know the PyTorch tutorial.
+
+The names below are what research code imports; each is loaded when it is first used, so that
+`import cifar_jax` costs next to nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
 
 __version__ = "0.1.0"
+
+_HOMES = {
+    "MODELS": "models",
+    "RECIPES": "recipes",
+    "Recipe": "recipes",
+    "TrainState": "steps",
+    "UserError": "errors",
+    "batches": "feed",
+    "create_state": "steps",
+    "epoch_order": "feed",
+    "eval_step": "steps",
+    "inference_variables": "steps",
+    "load_dataset": "datasets",
+    "make_model": "models",
+    "make_optimizer": "optimizers",
+    "make_preprocess": "steps",
+    "predict_step": "steps",
+    "split_indices": "feed",
+    "take_batch": "feed",
+    "train_step": "steps",
+}
+
+__all__ = ["__version__", *_HOMES]  # noqa: PLE0604
+
+
+def __getattr__(name: str):
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__():
+    return sorted([*globals(), *_HOMES])
