@@ -186,6 +186,9 @@ def read_metrics(path: str | Path, kind: str | None = None, *, timing: bool = Tr
 class TensorBoardLog:
     """Writes rows as TensorBoard event files; needs the extra `tensorboard`.
 
+    The package, tensorboardX, needs neither TensorFlow nor TensorBoard to write them. (It
+    imports torch where torch is installed, which costs a few seconds at the start.)
+
     Args:
       directory: where the event files go, for `tensorboard --logdir`.
       resumed_at: the step a resumed run starts from; TensorBoard then hides later points of
