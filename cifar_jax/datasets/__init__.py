@@ -1,0 +1,198 @@
+"""Where images come from: prepared tfds directories, archives, and the built-in set.
+
+`load_dataset` ends in plain arrays. It reads sets that tensorflow-datasets or `prepare` wrote in
+ArrayRecord format, without TensorFlow, decodes them once and memory-maps them from then on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cifar_jax.datasets import cache, locate
+from cifar_jax.errors import UserError, nearest
+
+# Sets that `prepare` can make by itself.
+BUILT_IN = ("cifar10", "cifar100", "shapes10")
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """One split, in the set's original order where its records carry it.
+
+    Attributes:
+      images: uint8 [N, S, S, 3] (NHWC, RGB), C-contiguous, memory-mapped read-only.
+      labels: int32 [N], in [0, number of classes).
+      fingerprint: sha256 of class names, pixels and labels; the same wherever the data lies.
+      entry: the cache folder that holds the arrays.
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+    fingerprint: str = ""
+    entry: Path | None = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """A labelled image set.
+
+    Attributes:
+      name: as tfds names it (`cifar10`, `name/config`).
+      version: as tfds names it (`3.0.2`).
+      source: one sentence that says which files were read.
+      class_names: in label order.
+      fingerprint: digest of the splits' fingerprints: changes when any pixel or label does.
+      splits: by name.
+    """
+
+    name: str
+    version: str
+    source: str
+    class_names: tuple[str, ...]
+    fingerprint: str
+    splits: dict[str, Split]
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+
+def load_dataset(
+    name: str = "cifar10",
+    *,
+    data_dir: str | os.PathLike | None = None,
+    archive: str | os.PathLike | None = None,
+    image_size: int | None = None,
+    splits: Sequence[str] = ("train", "test"),
+    cache_dir: str | os.PathLike | None = None,
+    download: bool = True,
+    url: str | None = None,
+    progress: bool = True,
+) -> Dataset:
+    """Returns the data set `name` as arrays, preparing and decoding it where needed.
+
+    A set prepared in `data_dir`, `$TFDS_DATA_DIR` or `~/tensorflow_datasets` is used, in this
+    order. Otherwise cifar10 and cifar100 are prepared from `archive` or a download, shapes10 is
+    drawn; into the first of those folders that can be written (`data_dir` alone when given).
+
+    Args:
+      name: `cifar10`, `cifar100`, `shapes10`, or any prepared tfds set whose features are one
+        image and one class label: `name`, `name/config`, with or without `:1.2.3`.
+      data_dir: a tfds data directory, first to be searched.
+      archive: a CIFAR archive or the extracted folder, see `archives.read_archive`.
+      image_size: side in pixels to which images are resized; None requires 32x32 images.
+      splits: names of the splits to load.
+      cache_dir: where decoded arrays go; by default beside the prepared set, or in the user's
+        cache directory where that is read-only.
+      download: whether a missing set may be downloaded.
+      url: another address of the same archive (its hash is checked).
+      progress: whether to show progress bars and notices of long work.
+
+    Raises:
+      UserError: unknown name or split, no data to be had, or files that cannot be read.
+    """
+    if image_size is not None and not (
+        isinstance(image_size, int) and not isinstance(image_size, bool) and 1 <= image_size <= 4096
+    ):
+        raise UserError(f"--image-size must be a whole number from 1 to 4096, got {image_size!r}")
+    directory = _directory(name, data_dir, archive, download, url, progress)
+    roots = cache.cache_roots(directory, cache_dir)
+    try:
+        key = locate.set_key(directory)
+    except OSError as error:
+        raise UserError(f"cannot read the set in {directory}: {error.strerror}") from None
+    prepared, loaded, meta = None, {}, None
+    for split in splits:
+        entry_name = cache.entry_name(split, image_size, key)
+        found = cache.find(roots, entry_name)
+        if found is None:
+            prepared = prepared or locate.inspect(directory)
+            if prepared.counts.get(split, 0) == 0:
+                has = ", ".join(f"{key} ({count:,})" for key, count in prepared.counts.items())
+                raise UserError(
+                    f"{prepared.name} in {directory} has no split {split!r}; it has {has}"
+                )
+            if progress:
+                cache.notice(f"decoding {prepared.counts[split]:,} images of {name} {split}, once")
+            cache.build(roots, entry_name, prepared, split, image_size)
+            found = cache.find(roots, entry_name)
+            if found is None:
+                raise UserError(f"the decoded images of {directory} vanished while being read")
+        entry, arrays, meta = found
+        loaded[split] = Split(arrays["images"], arrays["labels"], meta["sha256"], entry)
+    if meta is None:
+        raise UserError("--splits must name at least one split")
+    digest = hashlib.sha256("".join(f"{k}:{v.fingerprint}" for k, v in loaded.items()).encode())
+    return Dataset(
+        name=meta["name"],
+        version=meta["version"],
+        source=_sentence(meta, directory, entry.parent, image_size),
+        class_names=tuple(meta["class_names"]),
+        fingerprint=digest.hexdigest(),
+        splits=loaded,
+    )
+
+
+def _sentence(meta: dict[str, Any], directory: Path, root: Path, image_size: int | None) -> str:
+    """Returns e.g. `cifar10 3.0.2 from /data/cifar10/3.0.2 (decoded images in ...)`."""
+    parts = [f"decoded images in {root}"]
+    if meta["name"] in BUILT_IN and meta["encoding"] == "jpeg":
+        parts.append("its pixels were re-encoded as JPEG")
+    if image_size:
+        parts.append(f"resized to {image_size}x{image_size}")
+    return f"{meta['name']} {meta['version']} from {directory} ({'; '.join(parts)})"
+
+
+def _directory(name, data_dir, archive, download, url, progress) -> Path:
+    """Returns the prepared directory of `name`, preparing it when it is absent."""
+    if data_dir is not None and Path(data_dir).expanduser().is_file():
+        raise UserError(f"--data-dir {data_dir} is a file; name a folder of prepared sets")
+    dirs = locate.search_dirs(data_dir)
+    found = locate.find_prepared(name, dirs) if locate.valid_name(name) else None
+    if found is not None:
+        if archive is not None:
+            cache.notice(f"{name} is already prepared in {found}: {archive} was not read")
+        return found
+    base = str(name).split(":")[0]
+    if base not in BUILT_IN:
+        known = {path.relative_to(root).parts[0] for root in dirs for path in _within(root)}
+        raise UserError(
+            f"no prepared data set {name!r} in {', '.join(map(str, dirs))}; "
+            f"{nearest(base, {*BUILT_IN, *known})}; or prepare it there with tensorflow-datasets "
+            "(file_format='array_record')"
+        )
+    if base != name:
+        raise UserError(f"{name} is not prepared in {', '.join(map(str, dirs))}; use {base}")
+    from cifar_jax.datasets.prepare import prepare
+
+    return prepare(
+        name, data_dir=data_dir, archive=archive, download=download, url=url, progress=progress
+    )
+
+
+def _within(root: Path) -> list[Path]:
+    return list(locate.list_prepared([root]))
+
+
+def record_source(split: Split):
+    """Returns a random-access source over the set's ArrayRecord files, in `split`'s order.
+
+    `source[i]` is `{"image": uint8 [S, S, 3], "label": int32}`, decoded anew from its record:
+    equal to `split.images[i]` and `split.labels[i]`. It can be pickled, and read by threads.
+
+    Raises:
+      UserError: the set is not in ArrayRecord format.
+    """
+    from cifar_jax.datasets.stream import RecordSource
+
+    return RecordSource(split.entry)
