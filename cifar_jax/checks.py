@@ -14,30 +14,36 @@ from cifar_jax.recipes import Recipe
 STUCK_MARGIN = 0.01
 
 
-def check_first_forward(run, state) -> None:
+def check_first_forward(run, state) -> str:
     """Evaluates the untrained model on one batch of training images.
+
+    Returns:
+      One line with its loss beside ln(classes), what guessing gives.
 
     Raises:
       UserError: its logits have another shape than [batch, classes], or are not finite.
     """
-    from cifar_jax.steps import inference_variables
+    from cifar_jax.steps import cross_entropy, inference_variables
 
-    split = run.dataset.splits["train"]
-    count = min(len(run.training), run.config.recipe.batch_size)
-    images = np.asarray(split.images[run.training[:count]])
+    split, recipe = run.dataset.splits["train"], run.config.recipe
+    chosen = run.training[: recipe.batch_size]
     with run.clock("dry run"):
+        images = np.asarray(split.images[chosen])
         logits = np.asarray(run.predict(inference_variables(state), images[None]))[0]
     classes = len(run.dataset.class_names)
-    if logits.shape != (count, classes):
+    if logits.shape != (len(chosen), classes):
         raise UserError(
-            f"model {run.config.recipe.model} gives {logits.shape[1:]} values an image, "
+            f"model {recipe.model} gives {logits.shape[1:]} values an image, "
             f"the data set has {classes} classes"
         )
     if not np.isfinite(logits).all():
         raise UserError(
-            f"model {run.config.recipe.model} gives non-finite values before training; "
-            "check --normalize and --init-from"
+            f"model {recipe.model} gives non-finite values before training; check its weights"
         )
+    loss = float(np.mean(cross_entropy(logits, np.asarray(split.labels[chosen]))))
+    return (
+        f"Dry run    loss {loss:.3f} on one batch untrained; guessing gives {math.log(classes):.3f}"
+    )
 
 
 def check_loss(

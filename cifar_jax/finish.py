@@ -9,7 +9,8 @@ import numpy as np
 from cifar_jax import augment, feed, inference, records, report, steps
 from cifar_jax.model_summary import format_table, summarise
 from cifar_jax.recipes import Recipe
-from cifar_jax.training import Print, Run
+from cifar_jax.run import Run
+from cifar_jax.training import Print
 from cifar_jax.workdir import write_json
 
 

@@ -84,6 +84,7 @@ def main(arguments: Sequence[str] | None = None, say=print) -> dict:
 
     from cifar_jax import finish, training
     from cifar_jax.clock import Clock
+    from cifar_jax.run import Options, make_run
     from cifar_jax.workdir import Config, describe_data, open_workdir
 
     clock = Clock()
@@ -91,14 +92,14 @@ def main(arguments: Sequence[str] | None = None, say=print) -> dict:
         dataset, recipe = _load(options, recipe, say)
     config = Config(recipe_name, recipe, options.seed, describe_data(dataset))
     workdir = Path(options.workdir or f"runs/{recipe_name}-seed{options.seed}").absolute()
-    run_options = training.Options(
+    run_options = Options(
         feed=options.feed,
         lowering=options.conv,
         save_minutes=options.save_minutes,
         plots=not options.no_plots,
         tensorboard=options.tensorboard,
     )
-    run = training.make_run(config, dataset, run_options, clock)
+    run = make_run(config, dataset, run_options, clock)
     with open_workdir(workdir, config, overwrite=options.overwrite) as resume:
         done = workdir / "summary.json"
         if resume and done.exists():

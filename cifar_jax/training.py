@@ -6,12 +6,11 @@ lengths, saves between epochs, interruptions) decides when the host looks, never
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import functools
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -19,111 +18,15 @@ import numpy as np
 from cifar_jax import feed, optimizers, parallel, report, steps
 from cifar_jax.checkpoints import Checkpoints
 from cifar_jax.checks import check_first_forward, check_loss, stuck_advice
-from cifar_jax.clock import Clock
-from cifar_jax.datasets import Dataset, record_source
-from cifar_jax.models import make_model
-from cifar_jax.records import MetricsLog, read_metrics
-from cifar_jax.workdir import Config
+from cifar_jax.datasets import record_source
+from cifar_jax.records import MetricsLog, TensorBoardLog, read_metrics
+from cifar_jax.run import Run
 
 Print = Callable[[str], None]
 
 
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """How to run: nothing here changes which images a step sees or what it computes of them.
-
-    Attributes:
-      feed: `resident` or `stream`.
-      lowering: how convolutions are computed; results differ in rounding only.
-      save_minutes: minutes between two saves within an epoch.
-      plots: whether to draw the pictures at the end.
-      tensorboard: whether to write TensorBoard events too.
-    """
-
-    feed: str = "resident"
-    lowering: str = "auto"
-    save_minutes: float = 5.0
-    plots: bool = True
-    tensorboard: bool = False
-
-
 class Interrupted(Exception):
     """A signal asked the run to stop; all is saved. `args` is (signal number, step)."""
-
-
-@dataclasses.dataclass
-class Run:
-    """A run's constant parts: what `train`'s phases share."""
-
-    config: Config
-    dataset: Dataset
-    options: Options
-    clock: Clock
-    model: Any
-    training: np.ndarray
-    validation: np.ndarray
-    keys: dict[str, jax.Array]
-    create: Callable[[], steps.TrainState]
-    train_many: Callable
-    evaluate: Callable
-    predict: Callable
-
-    @property
-    def parameters(self) -> int:
-        return sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(self.create).params))
-
-    @property
-    def steps_per_epoch(self) -> int:
-        return self.config.steps_per_epoch
-
-
-def make_run(config: Config, dataset: Dataset, options: Options, clock: Clock) -> Run:
-    """Builds model, optimizer, splits and programs; nothing is computed or compiled yet.
-
-    Raises:
-      UserError: an unknown name, or a batch larger than the training split.
-    """
-    recipe = config.recipe
-    keys = feed.run_keys(config.seed)
-    size = len(dataset.splits["train"].labels)
-    training, validation = feed.split_indices(keys["split"], size, recipe.validation_fraction)
-    feed.check_batch_size(recipe.batch_size, len(training))
-    model = make_model(recipe.model, len(dataset.class_names), lowering=options.lowering)
-    optimizer = optimizers.make_optimizer(recipe, config.steps_per_epoch)
-    image_shape = dataset.splits["train"].images.shape[1:]
-    prepare = steps.make_preprocess(recipe.normalize, recipe.augment, recipe.precision)
-    step = functools.partial(
-        steps.train_step,
-        model=model,
-        optimizer=optimizer,
-        preprocess=prepare,
-        label_smoothing=recipe.label_smoothing,
-        ema_decay=recipe.ema_decay,
-    )
-    inference = {"model": model, "preprocess": prepare}
-    return Run(
-        config=config,
-        dataset=dataset,
-        options=options,
-        clock=clock,
-        model=model,
-        training=training,
-        validation=validation,
-        keys=keys,
-        create=jax.jit(
-            functools.partial(
-                steps.create_state,
-                model,
-                optimizer,
-                keys["state"],
-                image_shape=image_shape,
-                ema=recipe.ema_decay > 0,
-            )
-        ),
-        train_many=parallel.compile_training(step),
-        evaluate=parallel.compile_evaluation(functools.partial(steps.eval_step, **inference)),
-        predict=parallel.compile_prediction(functools.partial(steps.predict_step, **inference)),
-    )
 
 
 def train(
@@ -153,9 +56,12 @@ def train(
         clock.load(position.seconds)
         data = _resident(run)
         images_done = _images(run, position)
-        with report.Progress(recipe.epochs * len(run.training), done=images_done) as bar:
+        with (
+            report.Progress(recipe.epochs * len(run.training), done=images_done) as bar,
+            _tensorboard(run, workdir, position) as events,
+        ):
             printer = bar.print if say is print else say
-            loop = _Loop(run, checkpoints, log, data, stop, printer, bar)
+            loop = _Loop(run, checkpoints, log, events, data, stop, printer, bar)
             while position.epoch <= recipe.epochs:
                 position = loop.epoch(position)
         with clock("saving"):
@@ -193,6 +99,14 @@ def _images(run: Run, position: Position) -> int:
     return (position.epoch - 1) * len(run.training) + in_epoch
 
 
+def _tensorboard(run: Run, workdir: Path, at: Position):
+    """A context manager that yields a TensorBoardLog, or None where none is asked for."""
+    if not run.options.tensorboard:
+        return contextlib.nullcontext()
+    step = (at.epoch - 1) * run.steps_per_epoch + at.step
+    return TensorBoardLog(workdir / "tensorboard", resumed_at=step or None)
+
+
 def _begin(run: Run, checkpoints: Checkpoints, log: MetricsLog, say: Print, resume: bool):
     """Returns the position to train from: the newest good checkpoint, or the start."""
     if resume and checkpoints.steps():
@@ -216,7 +130,7 @@ def _begin(run: Run, checkpoints: Checkpoints, log: MetricsLog, say: Print, resu
         )
     log.truncate(0)
     state = run.create()
-    check_first_forward(run, state)
+    say(check_first_forward(run, state))
     return Position(1, 0, state, parallel.empty_record(run.steps_per_epoch), {})
 
 
@@ -235,8 +149,9 @@ def _resident(run: Run) -> dict[str, jax.Array] | None:
 class _Loop:
     """One epoch after another; it owns no state of the run, `Position` does."""
 
-    def __init__(self, run, checkpoints, log, data, stop, say, bar):
-        self.run, self.checkpoints, self.log, self.data = run, checkpoints, log, data
+    def __init__(self, run, checkpoints, log, events, data, stop, say, bar):
+        self.run, self.checkpoints, self.data = run, checkpoints, data
+        self.log, self.events = log, events
         self.stop, self.say, self.bar = stop, say, bar
         self.recipe = run.config.recipe
         self.chunks = parallel.Chunks(run.steps_per_epoch)
@@ -298,7 +213,7 @@ class _Loop:
         if every:
             for end in range((before // every + 1) * every, at.step + 1, every):
                 mean = float(losses[end - every : end].astype(np.float64).mean())
-                row = self.log.append("window", epoch=at.epoch, step=first_step + end, loss=mean)
+                row = self._row("window", epoch=at.epoch, step=first_step + end, loss=mean)
                 self.say(report.window_line(row, len(order)))
         images = int(host["count"][before : at.step].sum())
         self.bar.update(images, epoch=at.epoch, loss=float(losses[before:].mean()))
@@ -308,6 +223,12 @@ class _Loop:
             self._save(at, metric=None, block=bool(signal))
         if signal and at.step < len(order):
             raise Interrupted(signal, first_step + at.step)
+
+    def _row(self, kind: str, **values) -> dict:
+        row = self.log.append(kind, **values)
+        if self.events is not None:
+            self.events.append(row)
+        return row
 
     def _finish_epoch(self, at: Position, host: dict, started: float) -> Position:
         run, recipe = self.run, self.recipe
@@ -331,9 +252,7 @@ class _Loop:
             found = report.rates(sums)
             row |= {"validation_loss": found["loss"], "validation_accuracy": found["accuracy"]}
             metric = found["loss"]
-        row = self.log.append(
-            "epoch", **row, timing={"seconds": round(time.monotonic() - started, 3)}
-        )
+        row = self._row("epoch", **row, timing={"seconds": round(time.monotonic() - started, 3)})
         best = report.best_epoch(read_metrics(self.log.path, "epoch"))
         is_best = best is not None and best["epoch"] == at.epoch
         self.say(report.epoch_line(row, recipe.epochs, best=is_best))

@@ -1,0 +1,111 @@
+"""A run's constant parts, built from its config: model, optimizer, splits, programs."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from cifar_jax import feed, optimizers, parallel, steps
+from cifar_jax.clock import Clock
+from cifar_jax.datasets import Dataset
+from cifar_jax.models import make_model
+from cifar_jax.workdir import Config
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How to run: nothing here changes which images a step sees or what it computes of them.
+
+    Attributes:
+      feed: `resident` or `stream`.
+      lowering: how convolutions are computed; results differ in rounding only.
+      save_minutes: minutes between two saves within an epoch.
+      plots: whether to draw the pictures at the end.
+      tensorboard: whether to write TensorBoard events too.
+    """
+
+    feed: str = "resident"
+    lowering: str = "auto"
+    save_minutes: float = 5.0
+    plots: bool = True
+    tensorboard: bool = False
+
+
+@dataclasses.dataclass
+class Run:
+    """A run's constant parts: what `train`'s phases share."""
+
+    config: Config
+    dataset: Dataset
+    options: Options
+    clock: Clock
+    model: Any
+    training: np.ndarray
+    validation: np.ndarray
+    keys: dict[str, jax.Array]
+    create: Callable[[], steps.TrainState]
+    train_many: Callable
+    evaluate: Callable
+    predict: Callable
+
+    @property
+    def parameters(self) -> int:
+        return sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(self.create).params))
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.config.steps_per_epoch
+
+
+def make_run(config: Config, dataset: Dataset, options: Options, clock: Clock) -> Run:
+    """Builds model, optimizer, splits and programs; nothing is computed or compiled yet.
+
+    Raises:
+      UserError: an unknown name, or a batch larger than the training split.
+    """
+    recipe = config.recipe
+    keys = feed.run_keys(config.seed)
+    size = len(dataset.splits["train"].labels)
+    training, validation = feed.split_indices(keys["split"], size, recipe.validation_fraction)
+    feed.check_batch_size(recipe.batch_size, len(training))
+    model = make_model(recipe.model, len(dataset.class_names), lowering=options.lowering)
+    optimizer = optimizers.make_optimizer(recipe, config.steps_per_epoch)
+    image_shape = dataset.splits["train"].images.shape[1:]
+    prepare = steps.make_preprocess(recipe.normalize, recipe.augment, recipe.precision)
+    step = functools.partial(
+        steps.train_step,
+        model=model,
+        optimizer=optimizer,
+        preprocess=prepare,
+        label_smoothing=recipe.label_smoothing,
+        ema_decay=recipe.ema_decay,
+    )
+    inference = {"model": model, "preprocess": prepare}
+    return Run(
+        config=config,
+        dataset=dataset,
+        options=options,
+        clock=clock,
+        model=model,
+        training=training,
+        validation=validation,
+        keys=keys,
+        create=jax.jit(
+            functools.partial(
+                steps.create_state,
+                model,
+                optimizer,
+                keys["state"],
+                image_shape=image_shape,
+                ema=recipe.ema_decay > 0,
+            )
+        ),
+        train_many=parallel.compile_training(step),
+        evaluate=parallel.compile_evaluation(functools.partial(steps.eval_step, **inference)),
+        predict=parallel.compile_prediction(functools.partial(steps.predict_step, **inference)),
+    )

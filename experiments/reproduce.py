@@ -1,0 +1,219 @@
+"""The published runs again, over several seeds: published, ours and PyTorch side by side.
+
+    python -m experiments.reproduce --recipes tutorial,adam,dropout,deep --seeds 0:8
+
+trains what is missing (each run resumes by itself), and writes `reproduce.json`, `reproduce.md`
+and `reproduce.png` into `experiments/results`. The PyTorch column is read from
+`experiments/results/torch_<recipe>.jsonl`, made by
+
+    python -m benchmarks.torch_reference --recipe R --peer eager --seeds 0:8 --out FILE
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from cifar_jax import cli, train
+from cifar_jax.errors import UserError, lookup, run_command
+from cifar_jax.recipes import RECIPES
+from cifar_jax.records import write_summary
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+# What the write-ups printed from their own single runs: test accuracy in percent, and the test
+# loss where they gave one; each class's accuracy in label order.
+PUBLISHED = {
+    "tutorial": {
+        "accuracy": [55.0, 54.0],
+        "per_class": [58, 73, 46, 46, 44, 31, 72, 51, 61, 59],
+    },
+    "adam": {
+        "accuracy": [58.0],
+        "per_class": [60.8, 60.4, 57.8, 36.4, 46.7, 43.1, 78.3, 60.2, 73.5, 68.4],
+    },
+    "dropout": {
+        "accuracy": [74.51],
+        "loss": 0.753790,
+        "per_class": [81.6, 88.1, 62.9, 57.0, 66.3, 66.6, 84.9, 77.4, 83.9, 76.4],
+    },
+    "deep": {"accuracy": [46.37]},
+}
+
+
+def seeds(text: str) -> range:
+    """Parses `0:8` (0 to 7) or one seed. Raises `UserError`."""
+    first, colon, last = text.partition(":")
+    try:
+        found = range(int(first), int(last)) if colon else range(int(first), int(first) + 1)
+    except ValueError:
+        raise UserError(f"--seeds must look like 0:8 or 3, got {text!r}") from None
+    if not found or found.start < 0:
+        raise UserError(f"--seeds {text} names no seed")
+    return found
+
+
+def spread(values: Sequence[float]) -> dict:
+    """Returns {"n", "mean", "std" (n - 1), "standard_error"} of at least one value."""
+    n = len(values)
+    std = statistics.stdev(values) if n > 1 else math.nan
+    return {
+        "n": n,
+        "mean": statistics.fmean(values),
+        "std": std,
+        "standard_error": std / math.sqrt(n),
+    }
+
+
+def measure(runs: Sequence[dict]) -> dict:
+    """Returns the spread of accuracy (percent), loss and each class's accuracy over runs."""
+    rates = [[100 * c for c in run["classes"]] for run in runs]
+    return {
+        "accuracy": spread([100 * run["accuracy"] for run in runs]),
+        "loss": spread([run["loss"] for run in runs]),
+        "per_class": [spread(column) for column in zip(*rates, strict=True)],
+        "values": [100 * run["accuracy"] for run in runs],
+    }
+
+
+def ours(recipe: str, found: range, root: Path, extra: Sequence[str]) -> list[dict]:
+    """Trains (or reads back) a run for each seed."""
+    runs = []
+    for seed in found:
+        workdir = root / f"{recipe}-seed{seed}"
+        options = ["--recipe", recipe, "--seed", str(seed), "--workdir", str(workdir), "--no-plots"]
+        summary = train.main([*options, *extra])
+        runs.append(
+            {
+                "seed": seed,
+                "accuracy": summary["test_accuracy"],
+                "loss": summary["test_loss"],
+                "classes": [row["accuracy"] for row in summary["per_class"]],
+                "names": [row["class"] for row in summary["per_class"]],
+                "best_epoch": summary["best_epoch"],
+                "seconds": summary["seconds"],
+                "dataset": summary["dataset"]["name"],
+                "environment": {k: summary[k] for k in ("versions", "device", "cpu", "commit")},
+            }
+        )
+    return runs
+
+
+def pytorch(recipe: str) -> list[dict]:
+    """Reads PyTorch's runs of a recipe, [] where there are none."""
+    file = RESULTS / f"torch_{recipe}.jsonl"
+    if not file.exists():
+        return []
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    return [
+        {
+            "seed": row["seed"],
+            "accuracy": row["test_accuracy"],
+            "loss": row["test_loss"],
+            "classes": [count / 1000 for count in row["per_class"]],
+        }
+        for row in rows
+    ]
+
+
+def _shown(value: dict, digits: int = 2) -> str:
+    return f"{value['mean']:.{digits}f} ± {value['std']:.{digits}f} (n={value['n']})"
+
+
+def table(results: dict) -> str:
+    """Returns the markdown of `reproduce.md`."""
+    lines = [
+        "| recipe | published | ours, accuracy % | PyTorch, accuracy % | difference, standard"
+        " errors | ours, test loss | PyTorch, test loss |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, result in results.items():
+        published = ", ".join(f"{value:g}" for value in result["published"]["accuracy"])
+        mine, theirs = result["ours"], result["pytorch"]
+        cells = [name, published, _shown(mine["accuracy"])]
+        if theirs:
+            difference = f"{result['difference']:+.2f} = {result['z']:+.2f} se"
+            cells += [_shown(theirs["accuracy"]), difference]
+            cells += [_shown(mine["loss"], 4), _shown(theirs["loss"], 4)]
+        else:
+            cells += ["not run", "", _shown(mine["loss"], 4), ""]
+        lines.append(f"| {' | '.join(cells)} |")
+    names = next(iter(results.values()))["names"]
+    lines += [
+        "",
+        f"| accuracy by class, % | {' | '.join(names)} |",
+        "|---" * (len(names) + 1) + "|",
+    ]
+    for name, result in results.items():
+        published = result["published"].get("per_class")
+        if published:
+            lines.append(f"| {name}, published | {' | '.join(f'{v:g}' for v in published)} |")
+        for who in ("ours", "pytorch"):
+            if result[who]:
+                cells = [f"{v['mean']:.1f} ± {v['std']:.1f}" for v in result[who]["per_class"]]
+                lines.append(f"| {name}, {who} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: Sequence[str] | None = None) -> dict:
+    """Parses, trains, writes the table."""
+    parser = cli.Parser(prog="python -m experiments.reproduce", description=__doc__)
+    parser.add_argument("--recipes", type=cli.names, default=tuple(PUBLISHED), help="a,b,c")
+    parser.add_argument("--seeds", default="0:8", help="0:8 is 0 to 7")
+    parser.add_argument("--runs", default="runs/reproduce", help="where run directories go")
+    parser.add_argument("--out", default=str(RESULTS), help="where the tables go")
+    cli.add_data_options(parser)
+    options = parser.parse(arguments)
+    extra = ["--data-dir", options.data_dir] if options.data_dir else []
+    extra += ["--archive", options.archive] if options.archive else []
+    results = {}
+    for name in options.recipes:
+        lookup(RECIPES, name, "recipe")
+        runs = ours(name, seeds(options.seeds), Path(options.runs), extra)
+        theirs = pytorch(name)
+        result = {
+            "published": lookup(PUBLISHED, name, "published run"),
+            "names": runs[0]["names"],
+            "ours": measure(runs),
+            "pytorch": measure(theirs) if theirs else None,
+            "runs": runs,
+            "torch_runs": theirs,
+        }
+        if theirs:
+            a, b = result["ours"]["accuracy"], result["pytorch"]["accuracy"]
+            result["difference"] = a["mean"] - b["mean"]
+            result["z"] = result["difference"] / math.hypot(
+                a["standard_error"], b["standard_error"]
+            )
+        results[name] = result
+    out = Path(options.out)
+    out.mkdir(parents=True, exist_ok=True)
+    text = table(results)
+    write_summary(out / "reproduce.json", results)
+    (out / "reproduce.md").write_text(text, encoding="utf-8")
+    draw(results, out / "reproduce.png")
+    print(text)
+    return results
+
+
+def draw(results: dict, path: Path) -> None:
+    """Draws every seed's accuracy, ours and PyTorch's, and the published figures."""
+    from cifar_jax import plots
+
+    groups = {
+        name: {
+            "ours": result["ours"]["values"],
+            "PyTorch": result["pytorch"]["values"] if result["pytorch"] else [],
+            "published": result["published"]["accuracy"],
+        }
+        for name, result in results.items()
+    }
+    plots.strips(groups, path, value_name="test accuracy, %")
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
