@@ -51,7 +51,7 @@ _STYLE = {
 
 
 @contextlib.contextmanager
-def _figure(path: str | Path, width: float, height: float, *, palette: int = 0) -> Iterator:
+def drawing(path: str | Path, width: float, height: float, *, palette: int = 0) -> Iterator:
     """Yields a figure of that size in inches; writes it to `path` when the block ends.
 
     A `palette` of so many colours makes the files of drawings without photographs far smaller.
@@ -110,7 +110,7 @@ def _grid(
     # A narrow grid still leaves room for its heading.
     width = max(columns * (side + gap) + gap, 4.5)
     height = head + rows * (above + side + gap)
-    with _figure(path, width, height) as figure:
+    with drawing(path, width, height) as figure:
         # Placed by hand: laying out and measuring 20 axes takes longer than drawing them.
         figure.set_layout_engine("none")
         figure.text(gap / width, 1 - 0.08 / height, heading, fontsize=11, va="top")
@@ -215,7 +215,7 @@ def mistakes(
     # A stable sort: equal probabilities keep the order of the data set.
     worst = wrong[np.argsort(-sure[wrong], kind="stable")][:GRID_IMAGES]
     if len(worst) == 0:
-        with _figure(path, 6, 1) as figure:
+        with drawing(path, 6, 1) as figure:
             figure.text(0.5, 0.5, f"No mistakes in {len(true):,} images", ha="center", va="center")
         return path
     firsts = [f"{_short(class_names[predicted[i]], 11)} {_percent(sure[i])}" for i in worst]
@@ -302,7 +302,7 @@ def curves(rows: Sequence[Mapping], path: str | Path, *, heading: str = "") -> s
         raise UserError("no epoch has ended yet: there are no curves to draw")
     best = best_epoch(epochs)
     when = _series(epochs, "epoch")
-    with _figure(path, 10, 4) as figure:
+    with drawing(path, 10, 4) as figure:
         figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1, wspace=0.04)
         figure.suptitle(heading, x=0.01, ha="left", fontsize=11)
         for axis, what in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
@@ -356,7 +356,7 @@ def confusion_matrix(
     font = 8.5 if written else min(8.5, max(4.0, 0.8 * 72 * side / classes))
     every = max(1, math.ceil(classes / (72 * side / 5)))  # names further apart when too many
     right, total = int(np.trace(counts)), int(counts.sum())
-    with _figure(path, side + 2.4, side + 1.7, palette=256) as figure:
+    with drawing(path, side + 2.4, side + 1.7, palette=256) as figure:
         axis = figure.subplots()
         picture = axis.imshow(share, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
         axis.set_title(f"Accuracy {100 * right / max(total, 1):.2f} % ({right}/{total})", pad=10)

@@ -202,7 +202,7 @@ def main(arguments: Sequence[str] | None = None) -> dict:
 
 def draw(results: dict, path: Path) -> None:
     """Draws every seed's accuracy, ours and PyTorch's, and the published figures."""
-    from cifar_jax import plots
+    from experiments import figures
 
     groups = {
         name: {
@@ -212,7 +212,7 @@ def draw(results: dict, path: Path) -> None:
         }
         for name, result in results.items()
     }
-    plots.strips(groups, path, value_name="test accuracy, %")
+    figures.strips(groups, path, value_name="test accuracy, %")
 
 
 if __name__ == "__main__":
