@@ -79,35 +79,38 @@ class PublishedTrainer(Trainer):
         self.workers = workers
 
     def place(self, images: np.ndarray, labels: np.ndarray) -> ImageDataset:
-        mean, std = lookup(NORMALIZE, self.recipe.normalize, "normalisation")
+        mean, std = lookup(NORMALIZE, self.recipe.normalize, "normalization")
         steps: list[Callable] = [ToTensor()]
-        if (mean, std) != (0.0, 1.0):
-            steps.append(Normalize((mean,) * 3, (std,) * 3))
+        if self.recipe.normalize != "unit":
+            steps.append(Normalize(mean, std))
         return ImageDataset(images, labels, Compose(steps))
 
     def batches(self, data, batch_size: int) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
         order = np.split(np.arange(len(data)), range(batch_size, len(data), batch_size))
         return self.loader(data, order, self.workers or 0)
 
-    def loader(self, data, order: Sequence[np.ndarray], workers: int):
-        batches = [indices.tolist() for indices in order]
+    def loader(self, data, order: Iterable[np.ndarray], workers: int):
+        """Yields the batches of `order`, which may be endless."""
+        batches = (indices.tolist() for indices in order)
         for images, labels in DataLoader(data, batch_sampler=batches, num_workers=workers):
             yield images.to(self.device), labels.to(self.device)
 
     def run(self, order: Sequence[np.ndarray]) -> torch.Tensor:
         if self.workers is None:
             self.workers = self.fastest_worker_count(order[:1000])
-        losses = []
-        for images, labels in self.loader(self.training_data, order, self.workers):
+        return torch.tensor(list(self.steps(order)))
+
+    def steps(self, order: Iterable[np.ndarray]) -> Iterable[float]:
+        """Trains on each batch of `order` as it is asked for, and yields its loss."""
+        for images, labels in self.loader(self.training_data, order, self.workers or 0):
             self.optimizer.zero_grad()
             loss = self.loss_function(images, labels)
             loss.backward()
             self.optimizer.step()
-            losses.append(loss.item())
-        return torch.tensor(losses)
+            yield loss.item()
 
     def fastest_worker_count(self, order: Sequence[np.ndarray]) -> int:
-        """Times the loader with forward and backward, weights untouched, at each count.
+        """Times `order` with forward and backward, weights untouched, at each count.
 
         Starting the workers is part of every epoch, so it is part of the time.
         """

@@ -28,8 +28,9 @@ from benchmarks.torch_models import MODELS
 from cifar_jax.errors import UserError, lookup
 from cifar_jax.recipes import Recipe
 
-# name -> (mean, std) of the PyTorch `Normalize` after `ToTensor`.
-NORMALIZE = {"half": (0.5, 0.5), "unit": (0.0, 1.0)}
+# name -> (mean, std) of `Normalize`, written out here so that this process need not import jax:
+# a DataLoader forks its workers, which jax's threads do not survive.
+NORMALIZE = {"half": ((0.5,) * 3, (0.5,) * 3), "unit": ((0.0,) * 3, (1.0,) * 3)}
 
 
 class NotRun(Exception):
@@ -161,7 +162,8 @@ class EagerTrainer(Trainer):
     """Normalised float32 tensors in memory, PyTorch's eager mode, fused optimiser."""
 
     def place(self, images: np.ndarray, labels: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        mean, std = lookup(NORMALIZE, self.recipe.normalize, "normalisation")
+        mean, std = lookup(NORMALIZE, self.recipe.normalize, "normalization")
+        mean, std = (torch.tensor(value, device=self.device) for value in (mean, std))
         pixels = torch.tensor(images, device=self.device).float()
         pixels = pixels.div_(255).sub_(mean).div_(std).permute(0, 3, 1, 2)
         if not self.channels_last:
