@@ -37,14 +37,14 @@ class Hardness:
       occluders: those drawn over it.
     """
 
-    radius: tuple[float, float] = (6.0, 12.0)
-    turn: float = 0.6
-    stretch: float = 0.25
-    contrast: tuple[float, float] = (0.25, 1.0)
-    texture: float = 0.22
-    noise: float = 0.12
-    distractors: int = 3
-    occluders: int = 1
+    radius: tuple[float, float] = (7.0, 12.0)
+    turn: float = 0.4
+    stretch: float = 0.2
+    contrast: tuple[float, float] = (0.65, 1.0)
+    texture: float = 0.08
+    noise: float = 0.06
+    distractors: int = 1
+    occluders: int = 0
 
 
 HARDNESS = Hardness()
@@ -165,7 +165,7 @@ def draw(rng: np.random.Generator, count: int, hard: Hardness) -> tuple[np.ndarr
         image = _over(image, _blot(rng, count, x, y), _uniform(rng, count, 3))
 
     radius = _uniform(rng, count, 1, 1, low=hard.radius[0], high=hard.radius[1])
-    reach = 0.75 * radius  # the centre stays where most of the shape is in the picture
+    reach = 0.9 * radius  # the centre stays where most of the shape is in the picture
     centre = [reach + (_SIDE - 2 * reach) * _uniform(rng, count, 1, 1) for _ in range(2)]
     turn = hard.turn * _uniform(rng, count, 1, 1, low=-1, high=1)
     stretch = np.exp(hard.stretch * _uniform(rng, count, 1, 1, low=-0.5, high=0.5))
