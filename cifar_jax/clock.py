@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import resource
+import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import jax
 
@@ -42,6 +46,7 @@ class Clock:
             jax.monitoring.register_event_duration_secs_listener(_listen)
             _listening = True
         self._seconds: dict[str, float] = {}
+        self.first_step: float | None = None  # seconds from process start to the first step's end
 
     @contextlib.contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
@@ -64,3 +69,22 @@ class Clock:
         """Adds what an earlier part of the same run took."""
         for phase, value in seconds.items():
             self._add(phase, value)
+
+
+def seconds_since_start() -> float | None:
+    """Returns the seconds since this process was started, None where /proc does not say."""
+    try:
+        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+        uptime = float(Path("/proc/uptime").read_text().split()[0])
+        # Field 22 of the line, `starttime`, in clock ticks after boot (proc_pid_stat(5)).
+        return uptime - int(fields[19]) / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError, IndexError):
+        return None
+
+
+def peak_memory() -> dict[str, int | None]:
+    """Returns the peak bytes so far: `host` of this process, `device` where JAX can tell."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    device = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+    return {"host": host, "device": device}

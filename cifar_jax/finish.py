@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from cifar_jax import augment, feed, inference, records, report, steps
+from cifar_jax.clock import peak_memory
 from cifar_jax.model_summary import format_table, summarise
 from cifar_jax.recipes import Recipe
 from cifar_jax.run import Run
@@ -46,6 +47,8 @@ def summarize(run: Run, trained: dict, found: dict) -> dict:
         **found,
         "images_per_second": trained_images / training if training else None,
         "seconds": seconds,
+        "seconds_to_first_step": run.clock.first_step,
+        "peak_memory_bytes": peak_memory(),
         **records.environment(),
     }
 

@@ -18,6 +18,7 @@ import numpy as np
 from cifar_jax import feed, optimizers, parallel, report, steps
 from cifar_jax.checkpoints import Checkpoints
 from cifar_jax.checks import check_first_forward, check_loss, stuck_advice
+from cifar_jax.clock import seconds_since_start
 from cifar_jax.datasets import record_source
 from cifar_jax.records import MetricsLog, TensorBoardLog, read_metrics
 from cifar_jax.run import Run
@@ -181,6 +182,8 @@ class _Loop:
                 )
                 host = {name: np.array(values) for name, values in record.items()}
                 self.chunks.ran(length, time.monotonic() - began)
+            if clock.first_step is None:
+                clock.first_step = seconds_since_start()
             before, at = (
                 at.step,
                 dataclasses.replace(at, step=at.step + length, state=state, record=record),
