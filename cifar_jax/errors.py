@@ -41,6 +41,7 @@ def lookup(registry: Mapping[str, T], name: str, kind: str) -> T:
 def run_command(main: Callable[[], None]) -> int:
     """Runs an entry point and returns its exit status: 0, or 2 with one line on stderr.
 
+    Ctrl-C where nothing catches it ends in 130, as a shell has it, without a traceback.
     Anything that is not a `UserError` is a defect of ours and keeps its traceback.
     """
     try:
@@ -49,6 +50,9 @@ def run_command(main: Callable[[], None]) -> int:
         message = " ".join(str(error).split())
         print(f"error: {message}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("Interrupted", file=sys.stderr)
+        return 130
     except BrokenPipeError:
         # The reader of a pipe (`| head`) has gone; stdout must not be flushed again at exit.
         sys.stdout = None

@@ -33,6 +33,7 @@ def select_platform(name: str) -> str:
     """
     if name not in DEVICES:
         raise UserError(f"unknown device {name!r}; {nearest(name, DEVICES)}")
+    before = jax.config.jax_platforms
     if name != "auto":
         jax.config.update("jax_platforms", {"gpu": "cuda,rocm"}.get(name, name))
     try:
@@ -40,9 +41,14 @@ def select_platform(name: str) -> str:
     except RuntimeError as error:
         if name == "auto":
             raise UserError(f"JAX finds no usable device: {error}") from None
+        found = None
+    found = {"cuda": "gpu", "rocm": "gpu"}.get(found, found)
+    # A process that has used a device already keeps it, whatever is asked for later.
+    if name not in ("auto", found):
+        jax.config.update("jax_platforms", before)
         extra = {"gpu": "; install .[cuda12] or .[cuda13] and check the driver with nvidia-smi"}
-        raise UserError(f"--device {name}: JAX finds no such device{extra.get(name, '')}") from None
-    return {"cuda": "gpu", "rocm": "gpu"}.get(found, found)
+        raise UserError(f"--device {name}: JAX finds no such device{extra.get(name, '')}")
+    return found
 
 
 def describe_device() -> str:

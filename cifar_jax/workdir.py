@@ -88,9 +88,22 @@ def read_config(path: Path) -> Config:
         if values["format"] != FORMAT:
             raise UserError(f"{file} has format {values['format']}, this version reads {FORMAT}")
         recipe = Recipe.from_dict(values["recipe"])
-        return Config(values["recipe_name"], recipe, values["seed"], values["dataset"])
-    except (KeyError, TypeError, AttributeError) as error:
+        config = Config(values["recipe_name"], recipe, values["seed"], values["dataset"])
+        _check_data(config.dataset)
+        return config
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{file} is damaged: {type(error).__name__} {error}") from None
+
+
+def _check_data(data: dict) -> None:
+    """Raises one of Python's errors where `data` is not what `describe_data` returns."""
+    numbers = [*data["sizes"].values(), *data["image_shape"], data["sizes"]["train"]]
+    if not all(isinstance(number, int) and number > 0 for number in numbers):
+        raise ValueError("a size in it is no positive whole number")
+    if len(data["image_shape"]) != 3 or not all(isinstance(n, str) for n in data["class_names"]):
+        raise ValueError("image_shape or class_names")
+    if not isinstance(data["name"], str):
+        raise ValueError("name")
 
 
 def differences(old: Config, new: Config) -> list[str]:
@@ -109,20 +122,32 @@ def differences(old: Config, new: Config) -> list[str]:
 
 
 def _check_usable(path: Path) -> None:
-    if path.exists() and not path.is_dir():
-        raise UserError(f"--workdir {path} is a file; name a directory")
     try:
+        if path.exists() and not path.is_dir():
+            raise UserError(f"--workdir {path} is a file; name a directory")
         path.mkdir(parents=True, exist_ok=True)
         probe = path / f".write-{os.getpid()}"
         probe.touch()
         probe.unlink()
     except OSError as error:
         raise UserError(f"--workdir {path} cannot be written: {error.strerror}") from None
-    strangers = [p.name for p in path.iterdir() if p.name not in (*_OWN_NAMES, ".lock")]
-    if strangers and not (path / "config.json").exists():
+
+
+def _check_contents(path: Path, overwrite: bool) -> None:
+    """Raises `UserError` where `path` is no run directory and holds something."""
+    if (path / "config.json").exists():
+        return
+    found = sorted(p.name for p in path.iterdir() if p.name != ".lock")
+    strangers = [name for name in found if name not in _OWN_NAMES]
+    if strangers:
         raise UserError(
             f"--workdir {path} holds other files ({strangers[0]} ...) and is no run directory; "
             "name a new or empty one"
+        )
+    if found and not overwrite:
+        raise UserError(
+            f"--workdir {path} holds {', '.join(found)} but no config.json, so nobody knows of "
+            "which run; give --overwrite to delete that and start anew"
         )
 
 
@@ -139,13 +164,14 @@ def open_workdir(path: Path | str, config: Config, *, overwrite: bool = False) -
     """
     path = Path(path).absolute()
     _check_usable(path)
-    with open(path / ".lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"--workdir {path} is in use by another process") from None
+    with _locked(path):
+        for pattern in (".config.json.*", ".summary.json.*", ".write-*"):  # of killed processes
+            for left in path.glob(pattern):
+                left.unlink(missing_ok=True)
+        _check_contents(path, overwrite)
         if overwrite:
-            for name in _OWN_NAMES:
+            # The config goes last: killed half-way, the directory is still known as a run's.
+            for name in reversed(_OWN_NAMES):
                 target = path / name
                 shutil.rmtree(target) if target.is_dir() else target.unlink(missing_ok=True)
         resume = (path / "config.json").exists()
@@ -159,6 +185,20 @@ def open_workdir(path: Path | str, config: Config, *, overwrite: bool = False) -
         else:
             write_json(path / "config.json", config.to_dict())
         yield resume
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    try:
+        lock = open(path / ".lock", "w")  # noqa: SIM115 - closed below
+    except OSError as error:
+        raise UserError(f"--workdir {path} cannot be written: {error.strerror}") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"--workdir {path} is in use by another process") from None
+        yield
 
 
 def write_json(path: Path, values: dict) -> None:
