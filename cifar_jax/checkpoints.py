@@ -17,8 +17,9 @@ step cache, refuses to save a step below a damaged one, and knows no digests.
 
 Saves are asynchronous at every size: `save` returns when the arrays are in host memory (or, on the
 CPU, are held against donation), and one background thread writes, digests, commits and prunes.
-Measured on two CPU cores: a 0.5 MB state blocks for about 10 ms and is committed after 70 ms;
-1.6 GB (VGG16 with Adam) blocks for about 20 ms and is committed after 3.5 s.
+Measured for Orbax on two idle CPU cores: a 0.5 MB state blocks for 10 ms and is written after 60;
+1.6 GB (VGG16 with Adam) blocks for 15 ms and is written after 2.8 s, where a synchronous save takes
+60 ms and 4.8 s. The digests add a pass over the files at about 4 GB/s.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import json
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -132,6 +134,12 @@ def _reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {text[:200]}"
 
 
+def _not_of_orbax(record: logging.LogRecord) -> bool:
+    """A log filter. Orbax logs tracebacks of what reaches the user as one UserError, some of them
+    from threads that outlive the save, so it stays for good; what Orbax raises is not touched."""
+    return "orbax" not in record.pathname
+
+
 class Checkpoints:
     """Writes a run's checkpoints, and keeps the newest `keep_latest` and the best.
 
@@ -199,10 +207,11 @@ class Checkpoints:
         )
         jax.block_until_ready(tree)  # a failed computation is no failed save
         folder = self._new_folder(int(step))
+        import orbax.checkpoint as ocp  # before the logger: absl makes one of its own class
+
+        logging.getLogger("absl").addFilter(_not_of_orbax)  # adding it again does nothing
         try:
             if self._checkpointer is None:
-                import orbax.checkpoint as ocp
-
                 self._checkpointer = ocp.StandardCheckpointer()
             self._checkpointer.save(folder / "state", tree)
         except Exception as error:
@@ -225,7 +234,7 @@ class Checkpoints:
         manifests.prune(self.directory, self.keep_latest, self._damaged)
 
     def _fail(self, folder: Path, step: int, error: BaseException) -> None:
-        failed, self._checkpointer = self._checkpointer, None  # its state is unknown now
+        failed, self._checkpointer = self._checkpointer, None  # what it holds is unknown now
         with contextlib.suppress(Exception):
             failed.close()
         manifests.remove(folder)

@@ -93,5 +93,5 @@ def restored(wanted: Any, value: Any, key_impl: str | None) -> Any:
     if isinstance(wanted, np.ndarray):
         return np.asarray(value)
     if not _placed(wanted):
-        value = jnp.array(value)  # uncommitted, like a fresh state: jit may move it anywhere
+        value = jnp.asarray(value)  # uncommitted, like a fresh state: jit may move it anywhere
     return jax.random.wrap_key_data(value, impl=key_impl) if key_impl else value
