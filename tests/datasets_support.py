@@ -1,4 +1,4 @@
-"""Tiny CIFAR archives in every published form, made by the tests themselves."""
+"""Tiny CIFAR archives in every published form, and machines without any data, for the tests."""
 
 import dataclasses
 import io
@@ -6,8 +6,11 @@ import pickle
 import tarfile
 
 import numpy as np
+import pytest
 
+from cifar_jax import datasets
 from cifar_jax.datasets import archives
+from cifar_jax.datasets.prepare import prepare
 
 PER_FILE = 10
 
@@ -91,3 +94,42 @@ def write_folder(path, files):
     for name, content in files.items():
         (path / name).write_bytes(content)
     return path
+
+
+@pytest.fixture(autouse=True)
+def empty_machine(tmp_path, monkeypatch):
+    """No data set and no cache but those the test makes."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    monkeypatch.delenv("TFDS_DATA_DIR", raising=False)
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """Archives of 10 images a file in place of the real ones; returns name -> (spec, arrays)."""
+    sets = {}
+    for name in ("cifar10", "cifar100"):
+        spec = tiny_spec(name)
+        monkeypatch.setitem(archives.ARCHIVES, name, spec)
+        sets[name] = spec, tiny_arrays(spec)
+    return sets
+
+
+@pytest.fixture
+def prepared(tiny, tmp_path):
+    """A tiny CIFAR-10 prepared in `tmp_path/data`: its data directory and its arrays."""
+    spec, arrays = tiny["cifar10"]
+    folder = write_folder(tmp_path / "batches", binary_files(spec, arrays))
+    prepare("cifar10", data_dir=tmp_path / "data", archive=folder, progress=False)
+    return tmp_path / "data", arrays
+
+
+def load(name="cifar10", **options):
+    return datasets.load_dataset(name, **{"progress": False, "download": False} | options)
+
+
+def assert_holds(dataset, arrays):
+    for split, values in dataset.splits.items():
+        np.testing.assert_array_equal(values.images, arrays.images[split])
+        np.testing.assert_array_equal(values.labels, arrays.labels[split]["label"])
+    assert dataset.class_names == tuple(arrays.names["label"])

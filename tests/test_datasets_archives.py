@@ -66,7 +66,7 @@ def test_a_pickle_that_wants_to_run_code_is_refused(tmp_path):
     ran = tmp_path / "ran"
     files["data_batch_3"] = pickle.dumps({b"data": Hostile(ran), b"labels": [0]})
     path = write_tar(tmp_path / "hostile.tar.gz", files)
-    with pytest.raises(UserError, match="refused to load data_batch_3.*mkdir"):
+    with pytest.raises(UserError, match=r"refused to load data_batch_3.*mkdir"):
         read_archive(path, spec)
     assert not ran.exists()
 
@@ -148,5 +148,5 @@ def test_links_in_an_archive_are_not_followed(tmp_path):
         with tarfile.open(path) as old:
             for member in old:
                 tar.addfile(member, old.extractfile(member))
-    with pytest.raises(UserError, match="lacks test_batch.bin"):
+    with pytest.raises(UserError, match=r"lacks test_batch.bin"):
         read_archive(tmp_path / "b.tar", spec)

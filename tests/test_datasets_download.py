@@ -95,28 +95,28 @@ def test_a_server_without_ranges_starts_over(server, tmp_path):
 def test_no_progress_again_and_again_gives_up_and_keeps_what_came(server, tmp_path):
     server.portion = 0
     (tmp_path / "file.part").write_bytes(CONTENT[:1000])
-    with pytest.raises(UserError, match="broke off at 1,000 of 1,024,000.*continue"):
+    with pytest.raises(UserError, match=r"broke off at 1,000 of 1,024,000.*continue"):
         fetch(server, tmp_path / "file", attempts=3)
     assert (tmp_path / "file.part").read_bytes() == CONTENT[:1000]
     assert not (tmp_path / "file").exists()
 
 
 def test_another_hash_is_refused_and_removed(server, tmp_path):
-    with pytest.raises(UserError, match="another hash"):
+    with pytest.raises(UserError, match=r"another hash"):
         fetch(server, tmp_path / "file", sha256="0" * 64)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("size", [len(CONTENT) - 1, len(CONTENT) + 1])
 def test_another_size_is_refused(server, tmp_path, size):
-    with pytest.raises(UserError, match="another size.*1,024,000"):
+    with pytest.raises(UserError, match=r"another size.*1,024,000"):
         fetch(server, tmp_path / "file", size=size)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_an_answer_of_not_found_is_unreachable_at_once(server, tmp_path):
     server.status = 404
-    with pytest.raises(Unreachable, match="404"):
+    with pytest.raises(Unreachable, match=r"404"):
         fetch(server, tmp_path / "file")
 
 
@@ -131,10 +131,10 @@ def test_a_silent_server_is_given_up_in_time(server, tmp_path):
 def test_a_closed_port_is_unreachable(server, tmp_path):
     with http.server.HTTPServer(("127.0.0.1", 0), Handler) as closed:
         port = closed.server_port
-    with pytest.raises(Unreachable, match="refused"):
+    with pytest.raises(Unreachable, match=r"refused"):
         download(f"http://127.0.0.1:{port}/x", tmp_path / "file", size=1, sha256="", progress=False)
 
 
 def test_only_web_addresses_are_taken(tmp_path):
-    with pytest.raises(UserError, match="http"):
+    with pytest.raises(UserError, match=r"http"):
         download("file:///etc/hostname", tmp_path / "file", size=1, sha256="", progress=False)

@@ -12,7 +12,7 @@ import io
 import struct
 import zlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -38,7 +38,7 @@ class ArrayBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     """
 
     VERSION = tfds.core.Version("3.0.2")
-    LABELS: dict[str, int] = {}
+    LABELS: ClassVar[dict[str, int]] = {}
     DESCRIPTION = ""
     HOMEPAGE = ""
     CITATION = ""
@@ -109,7 +109,7 @@ def _png_chunk(kind: bytes, data: bytes) -> bytes:
 class Cifar10(ArrayBuilder, skip_registration=True):
     """CIFAR-10."""
 
-    LABELS = {"label": 10}
+    LABELS: ClassVar[dict[str, int]] = {"label": 10}
     DESCRIPTION = (
         "CIFAR-10: 60,000 colour images of 32x32 pixels in 10 classes, 50,000 for training and "
         "10,000 for testing, 6,000 of each class."
@@ -121,7 +121,7 @@ class Cifar10(ArrayBuilder, skip_registration=True):
 class Cifar100(ArrayBuilder, skip_registration=True):
     """CIFAR-100."""
 
-    LABELS = {"label": 100, "coarse_label": 20}
+    LABELS: ClassVar[dict[str, int]] = {"label": 100, "coarse_label": 20}
     DESCRIPTION = (
         "CIFAR-100: 60,000 colour images of 32x32 pixels in 100 classes of 600 images, 500 for "
         "training and 100 for testing; the classes form 20 superclasses (coarse_label)."
@@ -134,7 +134,7 @@ class Shapes10(ArrayBuilder, skip_registration=True):
     """The built-in set: ten kinds of drawn shapes."""
 
     VERSION = tfds.core.Version(shapes10.VERSION)
-    LABELS = {"label": len(shapes10.CLASS_NAMES)}
+    LABELS: ClassVar[dict[str, int]] = {"label": len(shapes10.CLASS_NAMES)}
     DESCRIPTION = (
         "Drawn 32x32 colour images of ten shapes over textured backgrounds, 50,000 for training "
         "and 10,000 for testing, made from a fixed seed for machines without a data set."

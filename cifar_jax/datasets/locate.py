@@ -218,8 +218,8 @@ def inspect(directory: Path) -> PreparedSet:
 
 def _feature(supervised, position, features, kind) -> str | None:
     """Returns the feature of `kind` that the set names as its input or target, or its only one."""
-    if supervised and len(supervised) == 2 and isinstance(supervised[position], str):
-        if isinstance(features.get(supervised[position]), kind):
-            return supervised[position]
+    named = supervised[position] if supervised and len(supervised) == 2 else None
+    if isinstance(named, str) and isinstance(features.get(named), kind):
+        return named
     found = [key for key, value in features.items() if isinstance(value, kind)]
     return found[0] if len(found) == 1 else None
