@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from cifar_jax.models import blocked, lowering
 from cifar_jax.models.blocked import Blocked
+from cifar_jax.models.dropout import dropout_mask
 
 
 def torch_uniform(fan_in: int):
@@ -78,10 +79,20 @@ class Dense(nn.Module):
 
 
 class Dropout(nn.Module):
-    """Zeroes each input with probability `rate` in training and scales the rest by 1/(1-rate)."""
+    """Zeroes each input with probability `rate` in training, and scales the rest by 1/(1-rate).
+
+    Input and output [N, D]. Draws from the rng stream `dropout`, a different mask for every
+    layer. Where the images are a part of a larger batch, `{"position": {"first_example": i}}`
+    among the variables says which: each example then gets the mask it has in the whole batch.
+    """
 
     rate: float
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        return nn.Dropout(self.rate, deterministic=not train)(x)
+        if not train or self.rate == 0:
+            return x
+        first = self.scope.root.get_variable("position", "first_example", 0)
+        keep = dropout_mask(self.make_rng("dropout"), x.shape, self.rate, first)
+        scale = jnp.asarray(1 / (1 - self.rate), x.dtype)
+        return x * jnp.where(keep, scale, jnp.zeros((), x.dtype))

@@ -18,11 +18,16 @@ import jax.numpy as jnp
 from jax import lax
 
 from cifar_jax.errors import UserError, nearest
-from cifar_jax.models import blocked, epilogue
+from cifar_jax.models import blocked, epilogue, winograd
 from cifar_jax.models.blocked import Blocked
 from cifar_jax.models.im2col import Geometry, im2col_conv
+from cifar_jax.models.winograd import winograd_conv
 
 LOWERINGS = ("auto", "lax", "gemm", "winograd")
+# With fewer input channels the transforms of Winograd's form cost more than its smaller products
+# save. Two AVX-512 cores, whole training steps: 3 and 6 channels gain from `gemm`, 10 and more
+# from `winograd`.
+WINOGRAD_FROM_CHANNELS = 8
 YNN_OPTION = "xla_cpu_experimental_ynn_fusion_type"
 
 
@@ -38,8 +43,16 @@ def cpu_compiler_options() -> dict[str, str]:
     return {YNN_OPTION: "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}
 
 
-def choose(lowering: str, kernel: int, channels: int, out_size: tuple[int, int]) -> tuple[str, int]:
+def choose(
+    lowering: str, kernel: int, channels: int, out_size: tuple[int, int], pool: bool = False
+) -> tuple[str, int]:
     """Returns (`lax` | `gemm` | `winograd`, outputs of a block along each direction).
+
+    Args:
+      lowering: one of `LOWERINGS`.
+      kernel, channels: size of the kernel and channels it reads.
+      out_size: (rows, columns) of the convolution's output, before the pool.
+      pool: whether a 2x2 pool follows.
 
     Raises:
       UserError: `lowering` is not one of `LOWERINGS`.
@@ -47,10 +60,17 @@ def choose(lowering: str, kernel: int, channels: int, out_size: tuple[int, int])
     if lowering not in LOWERINGS:
         raise UserError(f"unknown lowering {lowering!r}; {nearest(lowering, LOWERINGS)}")
     if lowering == "auto":
-        lowering = "gemm" if jax.default_backend() == "cpu" else "lax"
+        few = channels < WINOGRAD_FROM_CHANNELS
+        on_cpu = jax.default_backend() == "cpu"
+        lowering = ("gemm" if few else "winograd") if on_cpu else "lax"
     if lowering == "lax":
         return "lax", 1
-    return "gemm", 2
+    if lowering == "winograd":
+        block = 2 if max(out_size) <= 2 else 4
+        if winograd.supports(block, kernel):
+            return "winograd", block
+    # Blocks of 4 where the next layer will want them; a pool halves the blocks anyway.
+    return "gemm", 4 if kernel >= 5 and not pool and min(out_size) >= 8 else 2
 
 
 def convolve(
@@ -87,7 +107,7 @@ def convolve(
         raise UserError(
             f"images of {size[0]}x{size[1]} are too small here for {what}: use larger images"
         )
-    form, block = choose(lowering, k, channels, out)
+    form, block = choose(lowering, k, channels, out, pool)
     if form == "lax":
         return _lax(to_images(x), kernel, bias, padding, pool)
     return _blocks(x, kernel, bias, padding, pool, form, block)
@@ -122,7 +142,8 @@ def _blocks(x, kernel, bias, padding, pool, form, block):
     given = x.phases.dtype
     phases = x.phases.astype(jnp.float32 if given.itemsize < 4 else given)
     kernel = _like(kernel.astype(given).astype(phases.dtype), phases)
-    y = im2col_conv(phases, kernel, g)
+    conv = winograd_conv if form == "winograd" else im2col_conv
+    y = conv(phases, kernel, g)
     height, width = g.out_size
     if bias is not None:
         bias = _like(bias.astype(given).astype(phases.dtype), phases)
