@@ -108,6 +108,8 @@ _BOUNDS = {
     "log_every": (0, 1_000_000_000, True),
 }
 
+_WHOLE = ("epochs", "batch_size", "eval_batch_size", "log_every")
+
 OPTIMIZER_NAMES = ("adam", "adamw", "sgd")
 SCHEDULE_NAMES = ("constant", "cosine", "onecycle", "step")
 PRECISIONS = ("float32", "bfloat16")
@@ -120,6 +122,8 @@ def check(recipe: Recipe) -> None:
         option = f"--{name.replace('_', '-')}"
         if isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value):
             raise UserError(f"{option} must be a number, got {value!r}")
+        if name in _WHOLE and not isinstance(value, int):
+            raise UserError(f"{option} must be a whole number, got {value!r}")
         if value < low or value > high or (value == low and not closed):
             least = "at least" if closed else "above"
             raise UserError(f"{option} must be {least} {low} and at most {high:g}, got {value}")
