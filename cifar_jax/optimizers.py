@@ -2,9 +2,23 @@
 
 from __future__ import annotations
 
+import functools
+
+import jax
 import optax
 
 from cifar_jax.recipes import Recipe
+
+
+def _standard_promotion(function):
+    """optax mixes dtypes, which a caller's strict promotion rules would refuse."""
+
+    @functools.wraps(function)
+    def call(*args, **options):
+        with jax.numpy_dtype_promotion("standard"):
+            return function(*args, **options)
+
+    return call
 
 
 def make_schedule(recipe: Recipe, steps_per_epoch: int) -> optax.Schedule | float:
@@ -15,6 +29,11 @@ def make_schedule(recipe: Recipe, steps_per_epoch: int) -> optax.Schedule | floa
     `step` multiplies by `step_factor` every `step_epochs`. Warm-up goes linearly from 0 and
     counts as part of the run (`onecycle` has its own, so it takes none).
     """
+    schedule = _schedule(recipe, steps_per_epoch)
+    return _standard_promotion(schedule) if callable(schedule) else schedule
+
+
+def _schedule(recipe: Recipe, steps_per_epoch: int) -> optax.Schedule | float:
     total = recipe.epochs * steps_per_epoch
     warmup = min(round(recipe.warmup_epochs * steps_per_epoch), total)
     rest = max(total - warmup, 1)
@@ -54,7 +73,8 @@ def make_optimizer(recipe: Recipe, steps_per_epoch: int) -> optax.GradientTransf
     if recipe.weight_decay and recipe.optimizer == "adamw":
         parts.append(optax.add_decayed_weights(recipe.weight_decay))
     parts.append(optax.scale_by_learning_rate(make_schedule(recipe, steps_per_epoch)))
-    return optax.chain(*parts)
+    chain = optax.chain(*parts)
+    return optax.GradientTransformationExtraArgs(chain.init, _standard_promotion(chain.update))
 
 
 def learning_rate(recipe: Recipe, steps_per_epoch: int, step: int) -> float:
