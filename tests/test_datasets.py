@@ -21,6 +21,7 @@ from datasets_support import prepared as prepared
 from datasets_support import tiny as tiny
 
 from cifar_jax import datasets
+from cifar_jax.datasets import shapes10
 from cifar_jax.datasets.prepare import prepare
 from cifar_jax.errors import UserError
 
@@ -205,6 +206,26 @@ def test_a_file_for_a_data_dir(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"is a file"):
         load(data_dir=tmp_path / "file")
+
+
+def test_a_full_disk_while_preparing_is_one_clear_error_and_leaves_no_set(tmp_path, monkeypatch):
+    from array_record.python import array_record_module
+
+    class Full:
+        def __init__(self, *_):
+            pass
+
+        def write(self, record):
+            raise RuntimeError("write() failed: No space left on device")
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(array_record_module, "ArrayRecordWriter", Full)
+    monkeypatch.setitem(shapes10.COUNTS, "train", 20)
+    with pytest.raises(UserError, match="No space left on device; free some space"):
+        load("shapes10", data_dir=tmp_path)
+    assert list((tmp_path / "shapes10").iterdir()) == []
 
 
 def test_a_read_only_data_dir_cannot_be_prepared_into(tmp_path):

@@ -55,10 +55,10 @@ def prepare(
                 path = _archive(name, root, archive, download, url, progress)
                 arrays = read_archive(path, ARCHIVES[name])
             return _write(name, root, arrays, progress)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # the ArrayRecord writer raises RuntimeError
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
         raise UserError(
-            f"cannot prepare {name} in {root}: {error.strerror or error}; "
-            "free some space or use another --data-dir"
+            f"cannot prepare {name} in {root}: {reason}; free some space or use another --data-dir"
         ) from error
 
 
