@@ -27,9 +27,11 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import dataclasses
+import itertools
 import json
 import logging
 import os
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +139,9 @@ def _reason(error: BaseException) -> str:
 def _not_of_orbax(record: logging.LogRecord) -> bool:
     """A log filter. Orbax logs tracebacks of what reaches the user as one UserError, some of them
     from threads that outlive the save, so it stays for good; what Orbax raises is not touched."""
-    return "orbax" not in record.pathname
+    trace = record.exc_info[2] if record.exc_info else None
+    places = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(trace)]
+    return not any(os.path.join("orbax", "checkpoint") in p for p in [record.pathname, *places])
 
 
 class Checkpoints:
@@ -166,6 +170,7 @@ class Checkpoints:
         self._pending: tuple[int, Path, concurrent.futures.Future] | None = None
         self._checkpointer: Any = None
         self._damaged: set[Path] = set()
+        self._abandoned: set[Path] = set()
 
     def save(
         self,
@@ -209,7 +214,8 @@ class Checkpoints:
         folder = self._new_folder(int(step))
         import orbax.checkpoint as ocp  # before the logger: absl makes one of its own class
 
-        logging.getLogger("absl").addFilter(_not_of_orbax)  # adding it again does nothing
+        for name in ("absl", "asyncio"):
+            logging.getLogger(name).addFilter(_not_of_orbax)  # adding it again does nothing
         try:
             if self._checkpointer is None:
                 self._checkpointer = ocp.StandardCheckpointer()
@@ -221,9 +227,10 @@ class Checkpoints:
             self.wait()
 
     def _new_folder(self, step: int) -> Path:
-        taken = [n for s, n, folder in manifests.folders(self.directory) if s == step]
-        n = max(taken, default=-1) + 1
-        return self.directory / (f"{step}.{n}" if n else str(step))
+        """A folder that no save has used, not even one that failed: Orbax may still write there."""
+        names = itertools.chain([str(step)], (f"{step}.{n}" for n in itertools.count(1)))
+        free = (self.directory / name for name in names)
+        return next(f for f in free if f not in self._abandoned and not f.exists())
 
     def _commit(self, folder: Path, body: dict[str, Any]) -> None:
         """The background half: waits for the arrays, digests them, commits, prunes."""
@@ -237,6 +244,7 @@ class Checkpoints:
         failed, self._checkpointer = self._checkpointer, None  # what it holds is unknown now
         with contextlib.suppress(Exception):
             failed.close()
+        self._abandoned.add(folder)
         manifests.remove(folder)
         raise UserError(
             f"could not save checkpoint {step} in {self.directory}: {_reason(error)}; "
@@ -278,6 +286,12 @@ class Checkpoints:
             if error is None:
                 raise
             error.add_note(str(failed_save))  # the error under way is the one to see
+
+    def committed(self) -> bool:
+        """Whether a save was ever completed here that is still there, damaged perhaps."""
+        self.wait()
+        found = manifests.folders(self.directory)
+        return any((folder / manifests.MANIFEST).exists() for _, _, folder in found)
 
     def steps(self) -> list[int]:
         """See `steps`."""

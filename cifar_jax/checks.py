@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from cifar_jax import optimizers
@@ -65,12 +67,32 @@ def check_loss(
     if not len(bad):
         return
     step = first_step + before + int(bad[0])
+    raise _diverged("the loss is", step, recipe, steps_per_epoch, checkpoints)
+
+
+def check_weights(state, step: int, recipe: Recipe, steps_per_epoch: int, checkpoints) -> None:
+    """Looks at the weights after `step` steps, before they replace an older checkpoint.
+
+    A step of finite loss can still make them infinite, which only the next loss would show.
+
+    Raises:
+      UserError: one is not finite.
+    """
+    if not bool(_all_finite(state.params)):
+        raise _diverged("weights are", step - 1, recipe, steps_per_epoch, checkpoints)
+
+
+@jax.jit
+def _all_finite(params) -> jax.Array:
+    return jnp.array([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(params)]).all()
+
+
+def _diverged(what: str, step: int, recipe: Recipe, steps_per_epoch: int, checkpoints) -> UserError:
     rate = optimizers.learning_rate(recipe, steps_per_epoch, step)
-    checkpoints.wait()
     newest = checkpoints.latest_step()
     kept = f"the checkpoint of step {newest} is kept" if newest is not None else "nothing saved yet"
-    raise UserError(
-        f"the loss is not finite at step {step + 1} (learning rate {rate:g}); {kept}. "
+    return UserError(
+        f"{what} not finite at step {step + 1} (learning rate {rate:g}); {kept}. "
         f"Try --learning-rate {rate / 10:g}, --clip-norm 1 or --warmup-epochs 1, with --overwrite"
     )
 

@@ -33,8 +33,11 @@ def main(arguments: Sequence[str] | None = None, say=print) -> dict:
         options.run, cli.checkpoint_name(options.checkpoint), lowering=options.conv
     )
     name = options.dataset or trained.config.dataset["name"]
+    side = trained.config.dataset["image_shape"][0]
+    if options.image_size is None and side != 32:
+        options.image_size = side
     dataset = cli.load_data(options, name, splits=(options.split,))
-    inference.check_classes(trained, dataset.class_names)
+    inference.check_fits(trained, dataset)
     split = dataset.splits[options.split]
     found, _ = inference.evaluate_split(
         *inference.programs(trained),

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cifar_jax import checkpoints, feed, optimizers, parallel, report, steps
-from cifar_jax.datasets import Split
+from cifar_jax.datasets import Dataset, Split
 from cifar_jax.errors import UserError
 from cifar_jax.models import make_model
 from cifar_jax.workdir import Config, read_config
@@ -71,18 +71,7 @@ def load(path: str | Path, which: str | int | None = None, *, lowering: str = "a
     if which is None and asked == "latest" and recipe.select_best:
         asked = "best" if checkpoints.best_step(folder) is not None else "latest"
     model = make_model(recipe.model, len(config.dataset["class_names"]), lowering=lowering)
-    optimizer = optimizers.make_optimizer(recipe, config.steps_per_epoch)
-    create = functools.partial(
-        steps.create_state,
-        model,
-        optimizer,
-        jax.random.key(0),
-        image_shape=tuple(config.dataset["image_shape"]),
-        ema=recipe.ema_decay > 0,
-    )
-    abstract = jax.eval_shape(
-        lambda: {"state": create(), "record": parallel.empty_record(config.steps_per_epoch)}
-    )
+    abstract = abstract_payload(config, model)
     found = checkpoints.restore(folder, abstract, which=asked)
     state = jax.device_put(found.state["state"])
     return Trained(
@@ -93,6 +82,22 @@ def load(path: str | Path, which: str | int | None = None, *, lowering: str = "a
         step=found.step,
         directory=run,
         notices=found.skipped,
+    )
+
+
+def abstract_payload(config: Config, model: nn.Module) -> dict:
+    """Returns what a run's checkpoints hold as shapes: {"state": TrainState, "record"}."""
+    recipe = config.recipe
+    create = functools.partial(
+        steps.create_state,
+        model,
+        optimizers.make_optimizer(recipe, config.steps_per_epoch),
+        jax.random.key(0),
+        image_shape=tuple(config.dataset["image_shape"]),
+        ema=recipe.ema_decay > 0,
+    )
+    return jax.eval_shape(
+        lambda: {"state": create(), "record": parallel.empty_record(config.steps_per_epoch)}
     )
 
 
@@ -133,11 +138,19 @@ def programs(trained: Trained) -> tuple[Callable, Callable]:
     )
 
 
-def check_classes(trained: Trained, class_names: Sequence[str]) -> None:
-    """Raises `UserError` where a data set's classes are not those the model was trained on."""
-    if list(class_names) != list(trained.class_names):
+def check_fits(trained: Trained, dataset: Dataset) -> None:
+    """Raises `UserError` where a data set's classes or image size are not those trained on."""
+    names = dataset.class_names
+    if list(names) != list(trained.class_names):
         raise UserError(
             f"{trained.directory} was trained on the classes {', '.join(trained.class_names[:4])} "
-            f"... ({len(trained.class_names)}); the data set has {', '.join(class_names[:4])} ... "
-            f"({len(class_names)})"
+            f"... ({len(trained.class_names)}); the data set has {', '.join(names[:4])} ... "
+            f"({len(names)})"
         )
+    side = trained.config.dataset["image_shape"][0]
+    for split in dataset.splits.values():
+        if split.images.shape[1] != side:
+            raise UserError(
+                f"{trained.directory} was trained on images of {side} pixels, these have "
+                f"{split.images.shape[1]}: give --image-size {side}"
+            )

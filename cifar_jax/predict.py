@@ -35,48 +35,69 @@ def find_images(names: Sequence[str]) -> list[Path]:
     Raises:
       UserError: a name that matches nothing, or a folder without images.
     """
-    from PIL import Image
-
-    endings = set(Image.registered_extensions())
     found: list[Path] = []
     for name in names:
-        path = Path(name).expanduser()
-        if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in endings)
-            if not inside:
-                raise UserError(f"no images in the folder {name}")
-            found += inside
-        elif path.exists():
-            found.append(path)
-        else:
-            matches = sorted(glob.glob(str(path), recursive=True))
-            if not matches:
-                raise UserError(f"no such image: {name}")
-            found += [Path(match) for match in matches if Path(match).is_file()]
+        try:
+            found += _matches(name)
+        except OSError as error:  # a name too long, a folder that may not be entered
+            raise UserError(f"cannot look for the image {name}: {error.strerror}") from None
     return found
+
+
+def _matches(name: str) -> list[Path]:
+    from PIL import Image
+
+    path = Path(name).expanduser()
+    if path.is_dir():
+        # Not every format that Pillow writes (PDF) can it read.
+        endings = {end for end, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+        inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in endings and p.is_file())
+        if not inside:
+            raise UserError(f"no images in the folder {name}")
+        return inside
+    if path.exists():
+        return [path]
+    matches = [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]
+    if not any(match.is_file() for match in matches):
+        raise UserError(f"no such image: {name}")
+    return [match for match in matches if match.is_file()]
 
 
 def read_image(path: Path, height: int, width: int) -> np.ndarray:
     """Returns the middle square of an image file as uint8 [height, width, 3] (RGB).
 
-    The camera's orientation is applied; transparent parts become white.
+    The camera's orientation is applied; transparent parts become white; 16 bits become 8.
 
     Raises:
-      UserError: no image, or a damaged one.
+      UserError: no image, a damaged one, or pixels of no known range.
     """
     from PIL import Image, ImageOps
 
     try:
         with Image.open(path) as opened:
-            image = ImageOps.exif_transpose(opened)
+            image = _eight_bits(ImageOps.exif_transpose(opened))
             if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
                 image = image.convert("RGBA")
                 white = Image.new("RGBA", image.size, "white")
                 image = Image.alpha_composite(white, image)
             image = ImageOps.fit(image.convert("RGB"), (width, height), Image.Resampling.BICUBIC)
             return np.asarray(image)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"cannot read the image {path}: {error}") from None
+    except Exception as error:  # damaged files make Pillow raise nearly anything
+        raise UserError(f"cannot read the image {path}: {error or type(error).__name__}") from None
+
+
+def _eight_bits(image):
+    """Scales 16-bit grey to 8 bits, where Pillow's own conversion would cut it off at 255."""
+    from PIL import Image
+
+    if image.mode == "F":
+        raise ValueError("its pixels are floating-point numbers of no known range")
+    if not image.mode.startswith("I"):
+        return image
+    values = np.asarray(image)
+    if values.min() < 0 or values.max() > 65535:
+        raise ValueError("its pixels have more than 16 bits")
+    return Image.fromarray((values // 256).astype(np.uint8))
 
 
 def main(arguments: Sequence[str] | None = None, say=print) -> list[dict]:

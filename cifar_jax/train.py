@@ -101,11 +101,8 @@ def main(arguments: Sequence[str] | None = None, say=print) -> dict:
     )
     run = make_run(config, dataset, run_options, clock)
     with open_workdir(workdir, config, overwrite=options.overwrite) as resume:
-        done = workdir / "summary.json"
-        if resume and done.exists():
-            say(f"{workdir} holds this run, complete; --overwrite trains it anew")
-            summary = json.loads(done.read_text(encoding="utf-8"))
-            say(finish.results_text(summary))
+        summary = _complete(workdir, say) if resume else None
+        if summary is not None:
             return summary
         for line in finish.opening_lines(run, workdir):
             say(line)
@@ -120,6 +117,24 @@ def main(arguments: Sequence[str] | None = None, say=print) -> dict:
                 say(f"Go on with: python -m cifar_jax.train {again}")
                 raise SystemExit(128 + number) from None
         return finish.finish(run, workdir, state, trained, say)
+
+
+def _complete(workdir: Path, say) -> dict | None:
+    """Shows and returns the summary of a run that is complete, None where it is not."""
+    from cifar_jax import finish
+
+    path = workdir / "summary.json"
+    try:
+        summary = json.loads(path.read_text(encoding="utf-8"))
+        shown = finish.results_text(summary)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        say(f"warning: {path} is damaged; the run is tested again")
+        return None
+    say(f"{workdir} holds this run, complete; --overwrite trains it anew")
+    say(shown)
+    return summary
 
 
 def _again(arguments: Sequence[str], workdir: Path) -> list[str]:

@@ -17,9 +17,10 @@ import numpy as np
 
 from cifar_jax import feed, optimizers, parallel, report, steps
 from cifar_jax.checkpoints import Checkpoints
-from cifar_jax.checks import check_first_forward, check_loss, stuck_advice
+from cifar_jax.checks import check_first_forward, check_loss, check_weights, stuck_advice
 from cifar_jax.clock import seconds_since_start
 from cifar_jax.datasets import record_source
+from cifar_jax.errors import UserError
 from cifar_jax.records import MetricsLog, TensorBoardLog, read_metrics
 from cifar_jax.run import Run
 
@@ -51,8 +52,10 @@ def train(
     """
     recipe, clock = run.config.recipe, run.clock
     total = recipe.epochs * run.steps_per_epoch
-    log = MetricsLog(workdir / "metrics.jsonl")
-    with Checkpoints(workdir / "checkpoints") as checkpoints:
+    with (
+        MetricsLog(workdir / "metrics.jsonl") as log,
+        Checkpoints(workdir / "checkpoints") as checkpoints,
+    ):
         position = _begin(run, checkpoints, log, say, resume)
         clock.load(position.seconds)
         data = _resident(run)
@@ -69,11 +72,18 @@ def train(
             checkpoints.wait()
         which = "best" if recipe.select_best else "latest"
         chosen = checkpoints.restore(_payload(run, position.state, position.record), which=which)
+    signal = stop()
+    if signal:
+        raise Interrupted(signal, total)
     best = report.best_epoch(read_metrics(log.path, "epoch"))
+    tested = chosen.extra["epoch"] - 1
+    if recipe.select_best and best and tested != best["epoch"]:
+        for line in [*chosen.skipped, f"the best epoch was {best['epoch']}; {tested} is tested"]:
+            say(f"warning: {line}")
     found = {
         "best_epoch": best["epoch"] if best else None,
         "best_validation_loss": best["validation_loss"] if best else None,
-        "tested_epoch": chosen.extra["epoch"] - 1,
+        "tested_epoch": tested,
         "epochs": recipe.epochs,
         "steps": total,
     }
@@ -110,12 +120,15 @@ def _tensorboard(run: Run, workdir: Path, at: Position):
 
 def _begin(run: Run, checkpoints: Checkpoints, log: MetricsLog, say: Print, resume: bool):
     """Returns the position to train from: the newest good checkpoint, or the start."""
-    if resume and checkpoints.steps():
+    if resume and checkpoints.committed():
         abstract = jax.eval_shape(
             lambda: _payload(run, run.create(), parallel.empty_record(run.steps_per_epoch))
         )
         with run.clock("restoring"):
-            found = checkpoints.restore(abstract)
+            try:
+                found = checkpoints.restore(abstract)
+            except UserError as error:
+                raise UserError(f"{error}; give --overwrite to start anew") from None
         for line in found.skipped:
             say(f"warning: {line}")
         extra = found.extra
@@ -129,6 +142,8 @@ def _begin(run: Run, checkpoints: Checkpoints, log: MetricsLog, say: Print, resu
             *jax.device_put((found.state["state"], found.state["record"])),
             extra["seconds"],
         )
+    if resume:
+        say("No checkpoint was saved before: starting from the first step")
     log.truncate(0)
     state = run.create()
     say(check_first_forward(run, state))
@@ -161,7 +176,9 @@ class _Loop:
         if run.options.feed == "stream":
             positions = np.arange(len(run.validation), dtype=np.int32)
         self.validation_order = (
-            jax.device_put(feed.batches(positions, self.recipe.eval_batch_size))
+            jax.device_put(
+                feed.batches(positions, min(self.recipe.eval_batch_size, len(positions)))
+            )
             if len(positions)
             else None
         )
@@ -266,13 +283,14 @@ class _Loop:
         at = dataclasses.replace(at, epoch=at.epoch + 1, step=0, record=record)
         signal = self.stop()
         self._save(at, metric=metric, block=bool(signal))
-        if signal and at.epoch <= recipe.epochs:
+        if signal:
             raise Interrupted(signal, step)
         return at
 
     def _save(self, at: Position, metric: float | None, block: bool) -> None:
         run = self.run
         with run.clock("saving"):
+            self.log.sync()
             extra = {
                 "epoch": at.epoch,
                 "step": at.step,
@@ -280,6 +298,7 @@ class _Loop:
                 "seconds": run.clock.seconds(),
             }
             step = (at.epoch - 1) * run.steps_per_epoch + at.step
+            check_weights(at.state, step, run.config.recipe, run.steps_per_epoch, self.checkpoints)
             payload = _payload(run, at.state, at.record)
             self.checkpoints.save(step, payload, extra, metric=metric, block=block)
         self.saved_at = time.monotonic()
