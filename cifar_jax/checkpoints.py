@@ -27,7 +27,6 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import dataclasses
-import itertools
 import json
 import logging
 import os
@@ -227,10 +226,11 @@ class Checkpoints:
             self.wait()
 
     def _new_folder(self, step: int) -> Path:
-        """A folder that no save has used, not even one that failed: Orbax may still write there."""
-        names = itertools.chain([str(step)], (f"{step}.{n}" for n in itertools.count(1)))
-        free = (self.directory / name for name in names)
-        return next(f for f in free if f not in self._abandoned and not f.exists())
+        """The step's next folder, not one of a failed save: Orbax may still be writing there."""
+        n = max((n for s, n, _ in manifests.folders(self.directory) if s == step), default=-1) + 1
+        while (folder := self.directory / (f"{step}.{n}" if n else str(step))) in self._abandoned:
+            n += 1
+        return folder
 
     def _commit(self, folder: Path, body: dict[str, Any]) -> None:
         """The background half: waits for the arrays, digests them, commits, prunes."""

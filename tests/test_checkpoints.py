@@ -152,6 +152,8 @@ def test_a_step_saved_again_replaces_the_first_only_when_committed(tmp_path, mon
         c.save(4, {"w": jnp.float32(3)}, block=True)
         assert float(c.restore(like).state["w"]) == 3
         assert float(c.restore(like, which=4).state["w"]) == 3
+        c.save(4, {"w": jnp.float32(5)}, block=True)
+        assert float(c.restore(like).state["w"]) == 5
         assert c.steps() == [4]
         assert len(os.listdir(tmp_path)) == 1
 
