@@ -30,14 +30,13 @@ def random_words(
     """Returns uint32 [N, D], uniform, for examples first_example..first_example + N - 1.
 
     Args:
-      key: typed PRNG key (its first two and last two words are used) or raw uint32 words.
+      key: typed PRNG key (`threefry2x32` or `rbg`) or its raw uint32 words, 2 or 4.
       shape: (N, D); N * D of the global batch must stay below 2^32.
     """
     words = jax.random.key_data(key) if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else key
     words = words.reshape(-1)
-    k0, k1 = words[0] ^ words[-2], words[1] ^ words[-1]
-    if words.size == 2:
-        k0, k1 = words[0], words[1]
+    # Two words of threefry's keys; four of `rbg`'s, the second pair often equal to the first.
+    k0, k1 = (words[0], words[1]) if words.size == 2 else words[:2] + words[2:] * jnp.uint32(3)
     rows, columns = shape
     first = jnp.asarray(first_example).astype(jnp.uint32) * jnp.uint32(columns)
     counter = lax.iota(jnp.uint32, rows * columns).reshape(rows, columns) + first
