@@ -12,6 +12,7 @@ import io
 import struct
 import zlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, ClassVar
 
 import numpy as np
@@ -28,6 +29,7 @@ _CIFAR_CITATION = """\
     year = {2009}
 }
 """
+_BLOCK = 50  # images that one task encodes
 _CIFAR_PAGE = "https://www.cs.toronto.edu/~kriz/cifar.html"
 
 
@@ -87,19 +89,28 @@ class ArrayBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 def _png_files(images: np.ndarray) -> Iterator[io.BytesIO]:
     """Yields each of uint8 [N, H, W, 3] as a PNG file, the form in which tfds takes encoded images.
 
-    Three times as fast as one Pillow call an image: every line is filtered against the line
-    above it (PNG filter 2) for all images at once, and zlib does the rest.
+    Compression releases the interpreter lock: it runs on the other cores while tfds writes.
+    """
+    blocks = (images[start : start + _BLOCK] for start in range(0, len(images), _BLOCK))
+    with ThreadPoolExecutor() as pool:
+        for encoded in pool.map(_encode_png, blocks):
+            yield from map(io.BytesIO, encoded)
+
+
+def _encode_png(images: np.ndarray) -> list[bytes]:
+    """uint8 [N, H, W, 3] -> N PNG files; three times as fast as one Pillow call an image.
+
+    Every line is filtered against the line above it (PNG filter 2) for all images at once.
     """
     count, height, width, _ = images.shape
     lines = np.empty((count, height, 1 + 3 * width), np.uint8)
     lines[:, :, 0] = 2
     lines[:, :, 1:] = images.reshape(count, height, 3 * width)
     lines[:, 1:, 1:] -= images[:, :-1].reshape(count, height - 1, 3 * width)  # wraps, as meant
-    header = _png_chunk(b"IHDR", struct.pack(">2I5B", width, height, 8, 2, 0, 0, 0))
+    start = b"\x89PNG\r\n\x1a\n"
+    start += _png_chunk(b"IHDR", struct.pack(">2I5B", width, height, 8, 2, 0, 0, 0))
     end = _png_chunk(b"IEND", b"")
-    for filtered in lines:
-        data = _png_chunk(b"IDAT", zlib.compress(filtered, 3))
-        yield io.BytesIO(b"\x89PNG\r\n\x1a\n" + header + data + end)
+    return [start + _png_chunk(b"IDAT", zlib.compress(image, 3)) + end for image in lines]
 
 
 def _png_chunk(kind: bytes, data: bytes) -> bytes:
