@@ -1,0 +1,284 @@
+"""Whole runs through the train command: what they print, write and compute."""
+
+# ruff: noqa: F811
+import functools
+import json
+import math
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+from tiny_data import NAMES, RICH, SIZES, STEPS, assert_same_run, complete, rows_of, states_of, tiny
+
+from cifar_jax import feed, inference, make_model, make_optimizer, parallel, steps, train
+from cifar_jax.datasets import load_dataset, shapes10
+from cifar_jax.errors import UserError
+from cifar_jax.workdir import read_config
+
+__all__ = ["complete", "tiny"]
+
+
+def run(tiny, workdir, *arguments):
+    """Trains in this process, without pictures; returns (summary, lines)."""
+    lines = []
+    common = ["--data-dir", str(tiny), "--workdir", str(workdir), "--no-plots"]
+    return train.main([*arguments, *common], say=lines.append), lines
+
+
+QUICK = "--recipe adam --conv lax --batch-size 60 --epochs 1".split()
+
+
+def test_what_a_run_says(complete):
+    said = (complete.parent / "said.txt").read_text()
+    order = [
+        "Device     cpu",
+        "Data set   cifar10 3.0.2 from",
+        "480 training, 120 validation, 200 test images, seed 42",
+        "float32",
+        "conv1",
+        "62,006",
+        "epoch 1  step  8/35  loss 2.",
+        "epoch 1/4  train loss",
+        "epoch 4/4  train loss",
+        "GroundTruth: airplane automobile bird cat",
+        "Predicted:   ",
+        "Test loss",
+        "Test accuracy",
+        "/200)",
+        *NAMES,
+        "compile",
+        "Written to",
+    ]
+    at = 0
+    for text in order:
+        found = said.find(text, at)
+        assert found >= 0, (text, said[at:])
+        at = found
+
+
+def test_the_summary_has_what_readers_need(complete):
+    summary = json.loads((complete / "summary.json").read_text())
+    assert summary["recipe_name"] == "adam"
+    assert summary["recipe"]["learning_rate"] == 0.003
+    assert summary["recipe"]["augment"] == ["flip", "translate"]
+    assert summary["dataset"]["name"] == "cifar10"
+    assert len(summary["dataset"]["fingerprint"]) == 64
+    assert (summary["seed"], summary["precision"], summary["parameters"]) == (42, "float32", 62006)
+    assert summary["device"]["platform"] == "cpu"
+    assert summary["versions"]["jax"] == jax.__version__
+    assert (summary["training_images"], summary["validation_images"]) == (480, 120)
+    assert summary["test_count"] == SIZES["test"]
+    assert summary["images_per_second"] > 0
+    assert {"compile", "data", "training", "validation", "test"} <= summary["seconds"].keys()
+    assert all(value >= 0 for value in summary["seconds"].values())
+    # Learned, and counted exactly.
+    assert summary["test_accuracy"] == summary["test_correct"] / 200 > 0.5
+    assert [c["class"] for c in summary["per_class"]] == NAMES
+    assert [c["count"] for c in summary["per_class"]] == [20] * 10
+    assert sum(c["correct"] for c in summary["per_class"]) == summary["test_correct"]
+
+
+def test_rows_of_a_run(complete):
+    windows, epochs, tests = (rows_of(complete, kind) for kind in ("window", "epoch", "test"))
+    assert len(rows_of(complete)) == len(windows) + len(epochs) + len(tests)
+    ends = [(e - 1) * STEPS + s for e in range(1, 5) for s in range(8, STEPS + 1, 8)]
+    assert [row["step"] for row in windows] == ends
+    assert [row["step"] for row in epochs] == [STEPS * e for e in range(1, 5)]
+    assert epochs[-1]["train_loss"] < 0.6 * epochs[0]["train_loss"]
+    for row in epochs:
+        for name, size in (("train", 480), ("validation", 120)):
+            correct = row[f"{name}_accuracy"] * size
+            assert abs(correct - round(correct)) < 1e-9, "every image is counted once"
+    assert [row["learning_rate"] for row in epochs[:2]] == [
+        pytest.approx(0.003 * 34 / 35),
+        pytest.approx(0.003 * (1 + math.cos(math.pi * 34 / 105)) / 2),
+    ]
+    assert len(tests) == 1
+    assert tests[0]["test_count"] == 200
+
+
+def test_windows_and_epochs_are_the_means_of_a_loop_of_ones_own(complete, tiny):
+    """The first two epochs again, a step at a time, from the public functions alone."""
+    config = read_config(complete)
+    recipe, keys = config.recipe, feed.run_keys(config.seed)
+    data = load_dataset("cifar10", data_dir=tiny, progress=False).splits["train"]
+    training, _ = feed.split_indices(keys["split"], len(data), recipe.validation_fraction)
+    model = make_model(recipe.model, 10, lowering="lax")
+    optimizer = make_optimizer(recipe, STEPS)
+    state = steps.create_state(model, optimizer, keys["state"], image_shape=(32, 32, 3), ema=True)
+    step = jax.jit(
+        functools.partial(
+            steps.train_step,
+            model=model,
+            optimizer=optimizer,
+            preprocess=steps.make_preprocess(recipe.normalize, recipe.augment),
+            ema_decay=recipe.ema_decay,
+        )
+    )
+    rows = rows_of(complete)
+    for epoch in (1, 2):
+        sums = []
+        for positions in feed.epoch_order(keys["order"], epoch, training, recipe.batch_size):
+            real = positions >= 0
+            chosen = np.where(real, positions, 0)
+            batch = {"image": data.images[chosen], "label": data.labels[chosen]}
+            state, metrics = step(state, batch | {"mask": real.astype(np.float32)})
+            sums.append([float(metrics[name]) for name in ("loss", "correct", "count")])
+        loss, correct, count = np.array(sums).T
+        assert count.tolist() == [14] * 34 + [4]
+        windows = [r["loss"] for r in rows if r["kind"] == "window" and r["epoch"] == epoch]
+        expected = (loss / count)[:32].reshape(4, 8).mean(axis=1)
+        np.testing.assert_allclose(windows, expected, rtol=2e-4)
+        (row,) = [r for r in rows if r["kind"] == "epoch" and r["epoch"] == epoch]
+        assert row["train_loss"] == pytest.approx(loss.sum() / 480, rel=2e-4)
+        assert row["train_accuracy"] == pytest.approx(correct.sum() / 480, abs=2.1 / 480)
+
+
+def test_the_best_epoch_is_tested(complete, tiny):
+    epochs = rows_of(complete, "epoch")
+    summary = json.loads((complete / "summary.json").read_text())
+    best = min(epochs, key=lambda row: row["validation_loss"])
+    assert summary["best_epoch"] == summary["tested_epoch"] == best["epoch"]
+    assert summary["best_validation_loss"] == best["validation_loss"]
+    trained = inference.load(complete)
+    assert trained.step == best["step"]
+    test = load_dataset("cifar10", data_dir=tiny, progress=False).splits["test"]
+    logits = np.asarray(trained.logits(test.images), np.float64)
+    assert (logits.argmax(1) == test.labels).sum() == summary["test_correct"]
+    shifted = logits - logits.max(1, keepdims=True)
+    chosen = shifted[np.arange(200), test.labels] - np.log(np.exp(shifted).sum(1))
+    assert summary["test_loss"] == pytest.approx(-chosen.mean(), rel=1e-4)
+
+
+def test_an_earlier_best_is_tested_and_the_last_where_the_recipe_keeps_it(tiny, tmp_path):
+    # A rate that ruins the weights at once makes the first epoch the best.
+    worse = "--optimizer sgd --learning-rate 8 --schedule constant --epochs 2 --clip-norm 1".split()
+    first, _ = run(tiny, tmp_path / "a", *QUICK, *worse, "--select-best")
+    last, _ = run(tiny, tmp_path / "b", *QUICK, *worse)
+    rows = rows_of(tmp_path / "a", "epoch")
+    assert rows == rows_of(tmp_path / "b", "epoch")
+    best = min(rows, key=lambda row: row["validation_loss"])["epoch"]
+    assert (first["tested_epoch"], last["tested_epoch"]) == (best, 2)
+    assert (first["test_loss"] == last["test_loss"]) == (best == 2)
+
+
+def test_pictures_are_pictures(complete):
+    names = "training_batch channels curves confusion_matrix predictions mistakes".split()
+    assert sorted(p.name for p in (complete / "plots").iterdir()) == sorted(
+        f"{name}.png" for name in names
+    )
+    for name in names:
+        with Image.open(complete / "plots" / f"{name}.png") as image:
+            assert image.format == "PNG"
+            image.load()
+            assert min(image.size) > 200
+            assert np.asarray(image.convert("L")).std() > 5, "not blank"
+
+
+def test_a_second_start_says_complete_and_changes_nothing(complete, tiny):
+    before = {p: p.stat().st_mtime_ns for p in complete.rglob("*") if p.is_file()}
+    summary, lines = run(tiny, complete, *RICH)
+    assert "complete" in lines[0]
+    assert "Test accuracy" in lines[1]
+    assert summary == json.loads((complete / "summary.json").read_text())
+    before.pop(complete / ".lock")
+    assert before == {p: p.stat().st_mtime_ns for p in before}
+
+
+def test_the_streamed_feed_gives_the_same_run(complete, tiny, tmp_path):
+    run(tiny, tmp_path / "run", *RICH, "--feed", "stream")
+    assert_same_run(tmp_path / "run", complete)
+
+
+@pytest.mark.parametrize("length", [1, 5])
+def test_chunks_and_saves_change_nothing(complete, tiny, tmp_path, monkeypatch, length):
+    monkeypatch.setattr(
+        parallel.Chunks, "ran", lambda self, *_: setattr(self, "_length", length)
+    )
+    run(tiny, tmp_path / "run", *RICH, "--save-minutes", "1e-5" if length == 5 else "1e9")
+    assert_same_run(tmp_path / "run", complete)
+
+
+def test_another_seed_is_another_run(complete, tiny, tmp_path):
+    run(tiny, tmp_path / "run", *RICH, "--seed", "43", "--epochs", "1")
+    rows, others = rows_of(tmp_path / "run", "window"), rows_of(complete, "window")
+    assert all(a["loss"] != b["loss"] for a, b in zip(rows, others[: len(rows)], strict=True))
+
+
+def test_without_validation_the_last_weights_are_tested(tiny, tmp_path):
+    recipe = "--recipe tutorial --conv lax --epochs 1 --batch-size 50 --log-every 0".split()
+    summary, lines = run(tiny, tmp_path / "run", *recipe)
+    assert (summary["training_images"], summary["validation_images"]) == (600, 0)
+    assert summary["best_epoch"] is None
+    assert summary["tested_epoch"] == 1
+    assert [row["kind"] for row in rows_of(tmp_path / "run")] == ["epoch", "test"]
+    assert not any("validation loss" in line for line in lines)
+
+
+def test_evaluation_batches_larger_than_the_split_hold_the_split(tiny, tmp_path):
+    one, _ = run(tiny, tmp_path / "a", *QUICK, "--eval-batch-size", "1000000")
+    other, _ = run(tiny, tmp_path / "b", *QUICK, "--eval-batch-size", "7")
+    assert one["test_correct"] == other["test_correct"]
+    assert one["test_loss"] == pytest.approx(other["test_loss"], rel=1e-5)
+    (a,), (b,) = rows_of(tmp_path / "a", "epoch"), rows_of(tmp_path / "b", "epoch")
+    assert a["validation_loss"] == pytest.approx(b["validation_loss"], rel=1e-5)
+
+
+def test_divergence_stops_at_once_and_keeps_what_was_good(tiny, tmp_path):
+    workdir = tmp_path / "run"
+    # Warm-up from 0 makes the first epoch harmless, so that there is a checkpoint to keep.
+    rate = "--optimizer sgd --momentum 0.99 --learning-rate 1000 --warmup-epochs 1000".split()
+    arguments = [*QUICK, *rate, "--epochs", "1000", "--save-minutes", "1e-6"]
+    with pytest.raises(UserError, match=r"not finite at step \d+ \(learning rate .*kept") as caught:
+        run(tiny, workdir, *arguments)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert "--learning-rate" in message
+    state = inference.load(workdir, "latest")
+    assert f"checkpoint of step {state.step} is kept" in message
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.variables))
+    assert not (workdir / "summary.json").exists()
+
+
+def test_a_loss_that_does_not_fall_brings_the_checklist(tiny, tmp_path):
+    _, lines = run(tiny, tmp_path / "run", *QUICK, "--learning-rate", "0")
+    (at,) = [i for i, line in enumerate(lines) if line.startswith("warning: the loss stayed")]
+    assert "2.303" in lines[at]
+    checklist = "\n".join(lines[at + 1 : at + 6])
+    for word in ("learning rate", "--normalize", "state", "optimizer", "labels"):
+        assert word in checklist
+    _, lines = run(tiny, tmp_path / "good", *QUICK, "--learning-rate", "0.01", "--epochs", "2")
+    assert not any(line.startswith("warning") for line in lines)
+
+
+def test_overwrite_starts_anew(tiny, tmp_path):
+    workdir = tmp_path / "run"
+    first, _ = run(tiny, workdir, *QUICK)
+    with pytest.raises(UserError, match=r"learning_rate: 0.001 -> 0.002.*--overwrite"):
+        run(tiny, workdir, *QUICK, "--learning-rate", "0.002")
+    assert json.loads((workdir / "summary.json").read_text()) == first
+    second, _ = run(tiny, workdir, *QUICK, "--learning-rate", "0.002", "--overwrite")
+    assert second["test_loss"] != first["test_loss"]
+    assert len(rows_of(workdir, "epoch")) == 1
+    again, _ = run(tiny, tmp_path / "other", *QUICK, "--learning-rate", "0.002")
+    assert again["test_loss"] == second["test_loss"]
+    same = states_of(tmp_path / "other")
+    for name, value in states_of(workdir).items():
+        np.testing.assert_array_equal(value, same[name], err_msg=name)
+
+
+def test_the_labelled_fall_back_is_asked_for_and_announced(tmp_path, monkeypatch):
+    monkeypatch.delenv("TFDS_DATA_DIR", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(shapes10, "COUNTS", {"train": 300, "test": 100})
+    arguments = [*QUICK, "--no-download"]
+    with pytest.raises(UserError) as caught:
+        run(tmp_path / "data", tmp_path / "run", *arguments)
+    for way in ("--archive", "--data-dir", "--dataset shapes10"):
+        assert way in str(caught.value)
+    assert not (tmp_path / "run").exists()
+    summary, lines = run(tmp_path / "data", tmp_path / "run", *arguments, "--fallback-shapes10")
+    assert sum(line.startswith("NOTICE") for line in lines) == 3
+    assert any(line.startswith("Data set   shapes10") for line in lines)
+    assert summary["dataset"]["name"] == summary["recipe"]["dataset"] == "shapes10"

@@ -1,0 +1,231 @@
+"""A prepared CIFAR-10 of 600 and 200 images, and runs of the train command on it in seconds."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from cifar_jax import checkpoints, inference, train
+from cifar_jax.models import make_model
+from cifar_jax.records import read_metrics
+from cifar_jax.workdir import read_config
+
+ROOT = Path(__file__).resolve().parent.parent
+NAMES = "airplane automobile bird cat deer dog frog horse ship truck".split()
+SIZES = {"train": 600, "test": 200}
+
+# Everything that carries state from step to step: Adam's moments, an averaged copy of the weights,
+# a schedule, random augmentation, a partly filled last batch, a window that straddles saves.
+RICH = [
+    *"--recipe adam --conv lax --epochs 4 --batch-size 14 --learning-rate 0.003".split(),
+    *"--schedule cosine --warmup-epochs 1 --ema-decay 0.8 --augment flip,translate".split(),
+    *"--select-best --log-every 8".split(),
+]
+STEPS = 35  # an epoch of 480 images in batches of 14; the last holds 4
+
+_made: dict[str, Path] = {}
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> Path:
+    """The tfds directory of the tiny set; also keeps compiled programs out of the user's cache."""
+    if "tiny" not in _made:
+        if jax.config.jax_compilation_cache_dir is None:
+            jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("xla")))
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        _made["tiny"] = prepare_tiny(tmp_path_factory.mktemp("tiny"))
+    return _made["tiny"]
+
+
+@pytest.fixture(scope="session")
+def complete(tiny, tmp_path_factory) -> Path:
+    """The directory of a complete run of `RICH`, with pictures; what it said is in `said.txt`."""
+    if "complete" not in _made:
+        folder = tmp_path_factory.mktemp("complete")
+        lines: list[str] = []
+        arguments = [*RICH, "--data-dir", str(tiny), "--workdir", str(folder / "run")]
+        train.main(arguments, say=lines.append)
+        (folder / "said.txt").write_text("\n".join(lines))
+        _made["complete"] = folder / "run"
+    return _made["complete"]
+
+
+def copy_run(source: Path, target: Path) -> Path:
+    """A copy of a run directory that a test may change."""
+    shutil.copytree(source, target)
+    return target
+
+
+def tiny_arrays(seed=0):
+    """Images that a CNN learns in a few epochs: a coloured patch for each class, in noise."""
+    from cifar_jax.datasets.archives import Arrays
+
+    rng = np.random.default_rng(seed)
+    images, labels = {}, {}
+    for split, size in SIZES.items():
+        label = np.arange(size) % len(NAMES)
+        pixels = rng.integers(0, 120, (size, 32, 32, 3))
+        for k in range(len(NAMES)):
+            column = 4 + 5 * (k % 5)
+            pixels[label == k, 6:26, column : column + 5, k // 5] += 130
+        images[split] = pixels.astype(np.uint8)
+        labels[split] = {"label": label}
+    return Arrays(images, labels, {"label": list(NAMES)})
+
+
+def prepare_tiny(folder: Path, seed=0) -> Path:
+    """Writes the tiny set as `cifar10` into a tfds directory; returns that directory."""
+    from cifar_jax.datasets import load_dataset
+    from cifar_jax.datasets.prepare import _write
+
+    folder.mkdir(parents=True, exist_ok=True)
+    _write("cifar10", folder, tiny_arrays(seed), progress=False)
+    load_dataset("cifar10", data_dir=folder, progress=False)  # decodes, once
+    return folder
+
+
+def rows_of(workdir: Path, kind: str | None = None) -> list[dict]:
+    return read_metrics(workdir / "metrics.jsonl", kind, timing=False)
+
+
+def states_of(workdir: Path) -> dict[str, np.ndarray]:
+    """Every array of the latest and of the best checkpoint, and what else they hold."""
+    config = read_config(workdir)
+    model = make_model(config.recipe.model, len(config.dataset["class_names"]))
+    abstract = inference.abstract_payload(config, model)
+    found = {}
+    for which in ("latest", "best"):
+        restored = checkpoints.restore(workdir / "checkpoints", abstract, which=which)
+        position = {k: v for k, v in restored.extra.items() if k != "seconds"}
+        found[which] = np.array([restored.step, restored.metric, *position.values()], float)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(restored.state):
+            if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+                leaf = jax.random.key_data(leaf)
+            found[which + jax.tree_util.keystr(path)] = np.asarray(leaf)
+    return found
+
+
+def assert_same_run(workdir: Path, reference: Path):
+    """Both runs are complete and equal to the last bit, apart from what the clock shows."""
+    got, want = states_of(workdir), states_of(reference)
+    assert got.keys() == want.keys()
+    for name in want:
+        np.testing.assert_array_equal(got[name], want[name], strict=True, err_msg=name)
+    assert rows_of(workdir) == rows_of(reference)
+    assert summary_of(workdir) == summary_of(reference)
+
+
+def summary_of(workdir: Path) -> dict:
+    """What `summary.json` holds, without what depends on the clock or the machine's state."""
+    clock = {"seconds", "images_per_second", "seconds_to_first_step", "peak_memory_bytes"}
+    summary = json.loads((workdir / "summary.json").read_text())
+    return {k: v for k, v in summary.items() if k not in clock | {"commit", "feed"}}
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    """The content of every file under `folder`, the lock apart."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != ".lock"]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def command_environment(cache: Path) -> dict[str, str]:
+    """The environment of a command as a user would start it, with a compile cache in `cache`."""
+    return {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "PYTHONPATH": str(ROOT),
+        "PYTHONUNBUFFERED": "1",
+    }
+
+
+_LAUNCHER = """
+import json, os, sys
+import cifar_jax.train, cifar_jax.finish, cifar_jax.plots, cifar_jax.training
+import matplotlib.pyplot, orbax.checkpoint, optax, PIL.Image, tqdm
+from cifar_jax.errors import run_command
+for line in sys.stdin:
+    job = json.loads(line)
+    pid = os.fork()
+    if pid:
+        print(pid, flush=True)
+        print(os.waitpid(pid, 0)[1], flush=True)
+        continue
+    os.setsid()
+    out = os.open(job["out"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+    os.dup2(out, 1)
+    os.dup2(out, 2)
+    sys.argv = ["train", *job["arguments"]]
+    try:
+        code = run_command(cifar_jax.train.main)
+    except SystemExit as stop:
+        code = stop.code
+    sys.stdout.flush()
+    os._exit(code)
+"""
+
+
+class Launcher:
+    """Starts train commands as processes of their own that need no second for their imports.
+
+    A server imports everything and forks for each run, before JAX has started a device; such a
+    run can be killed like any other.
+    """
+
+    def __init__(self, cache: Path):
+        self._server = subprocess.Popen(
+            [sys.executable, "-c", _LAUNCHER],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=command_environment(cache),
+            cwd=ROOT,
+        )
+        self._out = cache / "out.txt"
+        cache.mkdir(exist_ok=True)
+
+    def start(self, arguments) -> int:
+        """Starts `train arguments` and returns its process id."""
+        job = {"arguments": [str(a) for a in arguments], "out": str(self._out)}
+        self._server.stdin.write(json.dumps(job) + "\n")
+        self._server.stdin.flush()
+        return int(self._server.stdout.readline())
+
+    def wait(self) -> tuple[int, str]:
+        """Returns the exit status (negative: the signal it died of) and what it printed."""
+        status = int(self._server.stdout.readline())
+        return os.waitstatus_to_exitcode(status), self._out.read_text()
+
+    def run(self, arguments, signal_number=None, when=None) -> tuple[int, str]:
+        """Runs to the end, or until `when()` holds, and then sends the signal."""
+        pid = self.start(arguments)
+        if signal_number is not None:
+            while Path(f"/proc/{pid}").exists() and not self._over(pid) and not when():
+                time.sleep(0.0005)
+            if Path(f"/proc/{pid}").exists():
+                os.kill(pid, signal_number)
+        return self.wait()
+
+    @staticmethod
+    def _over(pid: int) -> bool:
+        try:
+            return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
+        except OSError:
+            return True
+
+    def output(self) -> str:
+        return self._out.read_text()
+
+    def close(self):
+        self._server.stdin.close()
+        self._server.wait(60)
+        self._server.stdout.close()
+
