@@ -37,12 +37,12 @@ class Hardness:
       occluders: those drawn over it.
     """
 
-    radius: tuple[float, float] = (7.0, 12.0)
-    turn: float = 0.4
+    radius: tuple[float, float] = (8.0, 13.0)
+    turn: float = 0.35
     stretch: float = 0.2
-    contrast: tuple[float, float] = (0.65, 1.0)
+    contrast: tuple[float, float] = (0.75, 1.0)
     texture: float = 0.08
-    noise: float = 0.06
+    noise: float = 0.05
     distractors: int = 1
     occluders: int = 0
 
