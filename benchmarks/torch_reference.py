@@ -248,7 +248,11 @@ def run(args: argparse.Namespace, recipe: Recipe, seed: int, data) -> None:
     line = {"recipe": args.recipe, "peer": args.peer, "seed": seed} | result
     line |= {
         "settings": recipe.to_dict(),
-        "dataset": {"name": data.name, "source": data.source, "fingerprint": data.fingerprint},
+        "dataset": {
+            "name": data.name,
+            "version": data.version,
+            "fingerprint": data.fingerprint,
+        },
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
         "hardware": hardware(args.device),
         "threads": torch.get_num_threads(),

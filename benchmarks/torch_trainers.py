@@ -202,8 +202,11 @@ class CompileTrainer(EagerTrainer):
         super().__init__(*args, **kwargs)
         if self.mode == "reduce-overhead" and self.device == "cpu":
             raise NotRun("reduce-overhead means CUDA graphs: on a CPU it is the default mode")
+        # Programs belong to the code, not to this object: without a reset those of earlier
+        # trainers would count towards the limit after which PyTorch gives up compiling.
+        torch.compiler.reset()
         self.compiled_loss = torch.compile(self.loss, mode=self.mode, dynamic=False)
-        self.sums_function = torch.compile(self.sums, mode=self.mode)
+        self.sums_function = torch.compile(self.sums, mode=self.mode, dynamic=False)
 
     def step(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         # The short last batch of an epoch is not worth a second program.

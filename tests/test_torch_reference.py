@@ -60,7 +60,9 @@ def test_flax_weights_give_the_same_logits(name, small):
     torch_model = MODELS[name]().eval()
     images = (small[0][:3] / 127.5 - 1).astype(np.float32)
     flax_model = FLAX_MODELS[name](lowering="lax")
-    variables = jax.jit(flax_model.init)(jax.random.key(3), images)
+    shapes = jax.eval_shape(flax_model.init, jax.random.key(3), images)
+    rng = np.random.default_rng(3)
+    variables = jax.tree.map(lambda s: rng.uniform(-0.1, 0.1, s.shape).astype(s.dtype), shapes)
     ours = jax.jit(flax_model.apply)(variables, images)
     torch_model.load_state_dict(state_from_flax(variables["params"]))
     with torch.no_grad():
@@ -197,7 +199,7 @@ def test_bad_seeds_are_refused(text):
 def test_command_line_appends_and_leaves_out_finished_seeds(small, tmp_path, monkeypatch):
     split = types.SimpleNamespace(images=small[0], labels=small[1])
     data = types.SimpleNamespace(
-        name="cifar10", source="test", fingerprint="f", splits={"train": split, "test": split}
+        name="cifar10", version="3.0.2", fingerprint="f", splits={"train": split, "test": split}
     )
     monkeypatch.setattr("cifar_jax.datasets.load_dataset", lambda name, **options: data)
     out = tmp_path / "runs" / "out.jsonl"

@@ -1,0 +1,282 @@
+"""Our side and PyTorch's, behind one interface, each living in a process of its own.
+
+`prepare` builds a case, compares and warms up; `window` then runs a fixed number of steps (or
+whole evaluations), synchronised at both ends, and returns images and seconds.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import time
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.cases import Case, full_batches
+
+COMPARED_STEPS = 50
+WARM_UP = 3
+
+
+class Side:
+    """Base: windows of a fixed number of dispatches, set by `warm_up`."""
+
+    dispatches = 1
+
+    def dispatch(self) -> int:
+        """Starts some work and returns how many images it is; may return before it is done."""
+        raise NotImplementedError
+
+    def sync(self) -> None:
+        """Waits for all that was dispatched."""
+        raise NotImplementedError
+
+    def warm_up(self, seconds: float) -> None:
+        """Runs three dispatches after the first, and sets the window to about `seconds`."""
+        times = []
+        for _ in range(1 + WARM_UP):
+            start = time.perf_counter()
+            self.dispatch()
+            self.sync()
+            times.append(time.perf_counter() - start)
+        self.dispatches = max(1, round(seconds / max(min(times[1:]), 1e-6)))
+
+    def window(self) -> tuple[int, float]:
+        """Returns (images, seconds) of one measured window."""
+        self.sync()
+        start = time.perf_counter()
+        images = sum(self.dispatch() for _ in range(self.dispatches))
+        self.sync()
+        return images, time.perf_counter() - start
+
+
+class Ours(Side):
+    """cifar_jax, through the very programs that `cifar_jax.train` runs.
+
+    Args:
+      form: `scan`, many steps a dispatch as `cifar_jax.train` does, or `step`, one jitted step
+        a dispatch.
+      lowering: the convolutions' (`auto`, `lax`, `gemm`, `winograd`).
+    """
+
+    def __init__(self, form: str = "scan", lowering: str = "auto"):
+        self.form, self.lowering = form, lowering
+
+    def prepare(self, case: Case, dataset, precision: str, weights: Path, seconds: float) -> dict:
+        """Builds the case and writes the initial weights to `weights` (.npz)."""
+        import jax
+
+        from cifar_jax import feed, parallel, steps
+        from cifar_jax.clock import Clock, compile_seconds
+        from cifar_jax.run import Options, make_run
+        from cifar_jax.workdir import Config, describe_data
+
+        recipe = case.settings(precision)
+        config = Config(case.recipe, recipe, 0, describe_data(dataset))
+        self.run = run = make_run(config, dataset, Options(lowering=self.lowering), Clock())
+        compiled = compile_seconds()
+        self.state = run.create()
+        flat = {
+            f"{layer}/{name}": np.asarray(value)
+            for layer, values in self.state.params.items()
+            for name, value in values.items()
+        }
+        np.savez(weights, **flat)
+        start = time.perf_counter()
+        split = dataset.splits["train" if case.kind == "train" else "test"]
+        self.data = jax.block_until_ready(feed.to_device(split.images, split.labels))
+        data_seconds = time.perf_counter() - start
+        if case.kind == "train":
+            order = full_batches(len(split), case.batch_size)
+            self.rows, self.row = len(order), 0
+            self.order = jax.device_put(order)
+            losses = self._first_losses(recipe)
+            self.record = parallel.empty_record(self.rows)
+            # As many steps as `cifar_jax.train` dispatches at a time, or nearly so.
+            self.chunk = 1 if self.form == "step" else self._chunk(0.3)
+            self.dispatch = self._train
+        else:
+            positions = np.arange(len(split), dtype=np.int32)
+            self.order = jax.device_put(feed.batches(positions, case.batch_size))
+            self.variables = steps.inference_variables(self.state)
+            self.dispatch = functools.partial(self._evaluate, len(split))
+            self._evaluate(0)
+            losses = [float(self.pending["loss"]) / len(split)]
+        self.warm_up(seconds)
+        return {
+            "losses": losses,
+            "compile_seconds": compile_seconds() - compiled,
+            "data_seconds": data_seconds,
+        }
+
+    def _first_losses(self, recipe) -> list[float]:
+        """The first losses from the saved weights, dropout off, training a copy."""
+        import jax
+        import jax.numpy as jnp
+
+        from cifar_jax import optimizers, parallel, steps
+
+        train_many = self.run.train_many
+        if hasattr(self.run.model, "dropout_rate"):
+            step = functools.partial(
+                steps.train_step,
+                model=self.run.model.clone(dropout_rate=0.0),
+                optimizer=optimizers.make_optimizer(recipe, self.run.steps_per_epoch),
+                preprocess=steps.make_preprocess(recipe.normalize, (), recipe.precision),
+            )
+            train_many = parallel.compile_training(step)
+        count = min(COMPARED_STEPS, self.rows)
+        copy, record = jax.tree.map(jnp.copy, self.state), parallel.empty_record(self.rows)
+        _, record = train_many(copy, record, self.data, self.order, 0, 0, count)
+        sums = {name: np.asarray(values)[:count] for name, values in record.items()}
+        return (sums["loss"] / sums["count"]).tolist()
+
+    def _chunk(self, seconds: float) -> int:
+        """Steps in about `seconds`, at most an epoch; where a length is a program, 256."""
+        import jax
+
+        if jax.default_backend() != "cpu":
+            return min(256, self.rows)
+        self.chunk = min(5, self.rows)
+        for _ in range(2):
+            start = time.perf_counter()
+            self._train()
+            self.sync()
+            taken = time.perf_counter() - start
+        return int(max(1, min(self.rows, seconds * self.chunk / taken)))
+
+    def _train(self) -> int:
+        if self.row + self.chunk > self.rows:
+            self.row = 0
+        self.state, self.record = self.run.train_many(
+            self.state, self.record, self.data, self.order, self.row, self.row, self.chunk
+        )
+        self.row += self.chunk
+        self.pending = self.record
+        return self.chunk * self.order.shape[1]
+
+    def _evaluate(self, images: int) -> int:
+        self.pending = self.run.evaluate(self.variables, self.data, self.order)
+        return images
+
+    def sync(self) -> None:
+        import jax
+
+        jax.block_until_ready(self.pending)
+
+
+class PyTorch(Side):
+    """A peer of `torch_reference.PEERS`."""
+
+    def __init__(self, peer: str, device: str):
+        self.peer, self.device = peer, device
+
+    def prepare(self, case: Case, dataset, precision: str, weights: Path, seconds: float) -> dict:
+        """Builds the case from our initial `weights` (.npz). Raises `NotRun`."""
+        from benchmarks.torch_models import state_from_flax
+        from benchmarks.torch_reference import PEERS
+
+        params: dict = {}
+        with np.load(weights) as saved:
+            for name, value in saved.items():
+                layer, kind = name.split("/")
+                params.setdefault(layer, {})[kind] = value
+        make = functools.partial(
+            PEERS[self.peer],
+            case.settings(precision),
+            initial_state=state_from_flax(params),
+            device=self.device,
+        )
+        start = time.perf_counter()
+        if case.kind == "train":
+            split = dataset.splits["train"]
+            self.trainer = make(split.images, split.labels)
+            data_seconds = time.perf_counter() - start
+            start = time.perf_counter()
+            losses = self._prepare_training(case, make, split)
+        else:
+            split = dataset.splits["test"]
+            self.trainer = make(split.images[:1], split.labels[:1])
+            data = self.trainer.place(split.images, split.labels)
+            data_seconds = time.perf_counter() - start
+            start = time.perf_counter()
+            losses = self._prepare_evaluation(case, data)
+        self.warm_up(seconds)
+        compiles = "compile" in self.peer or "cudagraph" in self.peer
+        return {
+            "losses": losses,
+            # From the first step to the end of the warm-up.
+            "compile_seconds": time.perf_counter() - start if compiles else 0.0,
+            "data_seconds": data_seconds,
+            "workers": getattr(self.trainer, "workers", None),
+        }
+
+    def _prepare_training(self, case: Case, make, split) -> list[float]:
+        from torch import nn
+
+        from benchmarks.torch_published import PublishedTrainer
+
+        order = full_batches(len(split), case.batch_size)
+        published = isinstance(self.trainer, PublishedTrainer)
+        if published:
+            few = order[: max(3, 4000 // case.batch_size)]
+            self.trainer.workers = self.trainer.fastest_worker_count(few)
+        compared = self.trainer
+        if any(isinstance(module, nn.Dropout) for module in self.trainer.model.modules()):
+            # Masks differ between the sides: compared without dropout, on a copy.
+            compared = make(split.images, split.labels)
+            for module in compared.model.modules():
+                if isinstance(module, nn.Dropout):
+                    module.p = 0.0
+            if published:
+                compared.workers = self.trainer.workers
+        losses = compared.run(order[:COMPARED_STEPS]).tolist()
+        if published:
+            # One loader for good: starting its workers counts for no window.
+            self.stream = self.trainer.steps(itertools.cycle(order))
+            self.dispatch = functools.partial(self._published, case.batch_size)
+        else:
+            self.order, self.row = order, 0
+            self.chunk = self._chunk(0.1)
+            self.dispatch = self._train
+        return losses
+
+    def _prepare_evaluation(self, case: Case, data) -> list[float]:
+        if hasattr(self.trainer, "worker_counts"):
+            seconds = {}
+            for workers in self.trainer.worker_counts:
+                self.trainer.workers = workers
+                start = time.perf_counter()
+                self.trainer.evaluate(data, case.batch_size)
+                seconds[workers] = time.perf_counter() - start
+            self.trainer.workers = min(seconds, key=seconds.get)
+        self.dispatch = functools.partial(self._evaluate, data, case.batch_size)
+        return [self.trainer.evaluate(data, case.batch_size)["loss"]]
+
+    def _chunk(self, seconds: float) -> int:
+        self.chunk = min(5, len(self.order))
+        for _ in range(2):
+            start = time.perf_counter()
+            self._train()
+            self.sync()
+            taken = time.perf_counter() - start
+        return int(max(1, min(len(self.order), 512, seconds * self.chunk / taken)))
+
+    def _train(self) -> int:
+        if self.row + self.chunk > len(self.order):
+            self.row = 0
+        self.trainer.run(self.order[self.row : self.row + self.chunk])
+        self.row += self.chunk
+        return self.chunk * self.order.shape[1]
+
+    def _published(self, batch_size: int) -> int:
+        next(self.stream)
+        return batch_size
+
+    def _evaluate(self, data, batch_size: int) -> int:
+        self.trainer.evaluate(data, batch_size)
+        return len(data[1]) if isinstance(data, tuple) else len(data)
+
+    def sync(self) -> None:
+        self.trainer.sync()

@@ -1,0 +1,202 @@
+"""A side in a resident process: one JSON request a line on stdin, one answer a line on stdout.
+
+{"do": "prepare", "case": "train/dropout:128", "weights": FILE, "seconds": 1.0}
+    -> {"losses", "compile_seconds", "data_seconds", ...} or {"not_run": REASON}
+{"do": "window"} -> {"images", "seconds"}
+{"do": "describe"} -> {"versions", "threads", "peak_memory_bytes", "device"}
+{"do": "drop"} -> {}      frees the case
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from cifar_jax.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class Worker:
+    """The driver's end of a worker process.
+
+    Args:
+      side: `ours`, `ours-step`, `ours-LOWERING`, `ours-step-LOWERING`, or a PyTorch peer's name.
+      options: of `add_options`, by name, for the worker's command line.
+    """
+
+    def __init__(self, side: str, **options):
+        self.side = side
+        command = [sys.executable, "-m", "benchmarks.worker", side]
+        for name, value in options.items():
+            if value is not None:
+                command.append(f"--{name.replace('_', '-')}={value}")
+        environment = dict(os.environ)
+        if options.get("device") == "gpu":
+            # Several processes share the card.
+            environment.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+        self.process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+            env=environment,
+        )
+
+    def ask(self, **request) -> dict:
+        """Sends a request and waits for its answer.
+
+        Raises:
+          UserError: the worker cannot work, for want of data for instance.
+          RuntimeError: the worker ended; its own message is on stderr.
+        """
+        try:
+            self.process.stdin.write(json.dumps(request) + "\n")
+            self.process.stdin.flush()
+            line = self.process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            raise RuntimeError(f"the worker {self.side} ended with {self.process.wait()}")
+        answer = json.loads(line)
+        if "error" in answer:
+            raise UserError(answer["error"])
+        return answer
+
+    def close(self) -> None:
+        """Ends the process: it stops at the end of its input."""
+        self.process.stdin.close()
+        try:
+            self.process.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self.process.stdout.close()
+
+
+def make_side(name: str, device: str):
+    """Returns the side called `name` (see `Worker`)."""
+    from benchmarks.sides import Ours, PyTorch
+
+    if name.split("-")[0] != "ours":
+        return PyTorch(name, "cuda" if device == "gpu" else "cpu")
+    words = name.split("-")[1:]
+    form = "step" if "step" in words else "scan"
+    lowerings = [word for word in words if word != "step"]
+    return Ours(form, lowerings[0] if lowerings else "auto")
+
+
+def describe(side: str) -> dict:
+    """Returns versions, threads, the process's peak memory so far and the device."""
+    import platform
+    import resource
+
+    out = {
+        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "processors": len(os.sched_getaffinity(0)),
+    }
+    versions = {"python": platform.python_version()}
+    if side.startswith("ours"):
+        import flax
+        import jax
+        import jaxlib
+        import optax
+
+        versions |= {m.__name__: m.__version__ for m in (jax, jaxlib, flax, optax)}
+        out["device"] = str(jax.devices()[0].device_kind)
+        out["devices"] = len(jax.devices())
+    else:
+        import torch
+
+        versions["torch"] = torch.__version__
+        out["threads"] = torch.get_num_threads()
+        out["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    return out | {"versions": versions}
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options that every worker shares with the driver."""
+    parser.add_argument("--device", default="cpu", choices=("cpu", "gpu"))
+    parser.add_argument("--precision", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--threads", type=int, default=0, help="processors a side; 0: all")
+    parser.add_argument("--dataset", default="cifar10", help="any prepared set of 32x32 images")
+    parser.add_argument("--data-dir", default=None, help="directory of prepared data sets")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("side")
+    add_options(parser)
+    args = parser.parse_args()
+    # Whatever a library prints goes to stderr; stdout carries answers only.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    if args.threads:
+        # Before any library counts the processors to size its pool.
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])
+        os.environ["OMP_NUM_THREADS"] = str(args.threads)
+    if args.side.startswith("ours"):
+        from cifar_jax import parallel
+
+        parallel.select_platform(args.device)
+        parallel.enable_compilation_cache()
+
+    from benchmarks.cases import parse
+    from cifar_jax.datasets import load_dataset
+
+    try:
+        dataset, problem = load_dataset(args.dataset, data_dir=args.data_dir, progress=False), None
+    except UserError as error:
+        problem = str(error)
+    side = None
+    for line in sys.stdin:
+        request = json.loads(line)
+        answer: dict = {}
+        if problem:
+            answer = {"error": problem}
+        elif request["do"] == "prepare":
+            side = make_side(args.side, args.device)
+            try:
+                answer = side.prepare(
+                    parse(request["case"]),
+                    dataset,
+                    args.precision,
+                    Path(request["weights"]),
+                    request["seconds"],
+                )
+            except Exception as error:
+                answer = not_run(error)
+        elif request["do"] == "window":
+            images, seconds = side.window()
+            answer = {"images": images, "seconds": seconds}
+        elif request["do"] == "describe":
+            answer = describe(args.side)
+        elif request["do"] == "drop":
+            side = None
+            gc.collect()
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
+
+def not_run(error: Exception) -> dict:
+    """An answer for what `NotRun`, a failed compilation or too little memory mean: not run.
+
+    A defect of ours would also end here; its reason stands in the table, where it is seen, and
+    its traceback on stderr.
+    """
+    import traceback
+
+    if type(error).__name__ != "NotRun":
+        traceback.print_exc()
+    lines = str(error).strip().splitlines() or [""]
+    return {"not_run": f"{type(error).__name__}: {lines[0]}".removeprefix("NotRun: ")}
+
+
+if __name__ == "__main__":
+    main()
