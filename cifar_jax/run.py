@@ -95,7 +95,7 @@ def make_run(config: Config, dataset: Dataset, options: Options, clock: Clock) -
         training=training,
         validation=validation,
         keys=keys,
-        create=jax.jit(
+        create=parallel.compile_for_one_call(
             functools.partial(
                 steps.create_state,
                 model,
