@@ -119,8 +119,23 @@ class Chunks:
             self._length = int(max(1, min(wanted, 8 * length)))
 
 
+# Images a CPU evaluates at a time: activations then stay in its caches. Sums do not depend on it.
+CPU_EVAL_TILE = 64
+
+
+def tiles(order: jax.Array, size: int) -> jax.Array:
+    """Cuts an order's rows into rows of at most `size`, padded with -1."""
+    batch = order.shape[1]
+    if batch <= size:
+        return order
+    padded = jnp.pad(order, ((0, 0), (0, -batch % size)), constant_values=-1)
+    return padded.reshape(-1, size)
+
+
 def evaluate_many(step: Callable, variables, data, order):
     """Adds up `step`'s sums over all batches of an order [batches, batch]."""
+    if jax.default_backend() == "cpu":
+        order = tiles(order, CPU_EVAL_TILE)
 
     def body(sums, row):
         return jax.tree.map(jnp.add, sums, step(variables, take_batch(data, row))), None
