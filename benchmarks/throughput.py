@@ -14,27 +14,32 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 from benchmarks.cases import CASE_SETS, Case, cases_from
+from benchmarks.machine import commit, hardware
 from benchmarks.statistics import largest_difference, paired_ratio, spread
-from benchmarks.worker import ROOT, Worker, add_options
+from benchmarks.worker import Worker, add_options
 from cifar_jax.errors import UserError, run_command
 
 # Above this the first losses say that the two sides did not do the same work.
 TOLERANCE = {"float32": 1e-2, "bfloat16": 5e-2}
 # Peers slower than this share of the fastest in the screening are not measured further.
 SCREEN = 0.75
-
-
-def peers_for(device: str) -> list[str]:
-    """Returns the PyTorch peers worth asking: all of them; those that cannot run say why."""
-    names = ["published", "eager", "eager_channels_last", "compile", "compile_channels_last"]
-    names += ["compile_max_autotune", "compile_reduce_overhead", "cudagraph"]
-    return [*names, "cudagraph_channels_last"] if device == "gpu" else names
+# `torch_reference.PEERS`, named here too so that a machine without torch lists them as not run.
+PEERS = (
+    "published",
+    "eager",
+    "eager_channels_last",
+    "compile",
+    "compile_channels_last",
+    "compile_max_autotune",
+    "compile_reduce_overhead",
+    "cudagraph",
+    "cudagraph_channels_last",
+)
 
 
 def measure(
@@ -138,17 +143,14 @@ def ratios(sides: dict, mine: str, peers: list[str]) -> dict:
     return out
 
 
-def commit() -> str:
-    """Returns the commit measured, marked `+changes` where the tree differs from it."""
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty=+changes", "--abbrev=12"]
-    found = subprocess.run(command, capture_output=True, text=True, check=False)
-    return found.stdout.strip() or "unknown"
-
-
 def table(result: dict) -> str:
-    """Returns the result as Markdown."""
+    """Returns the result as Markdown: against PyTorch, and our sides beside one another."""
+    machine, mine = result["machine"], result["ours"]
+    chip = f"{machine['cpu']}, {machine['cores']} cores"
+    if result["device"] == "gpu":
+        chip = f"{result['workers'][mine[0]]['device']} ({chip})"
     lines = [
-        f"{result['hardware']}, {result['processors']} processors; {result['dataset']}, "
+        f"{chip}; {result['dataset']}, "
         f"{result['precision']}; commit {result['commit']}, {result['date']}. "
         f"Images/s: median (lowest-highest) of {result['rounds']} rounds.",
         "",
@@ -158,7 +160,7 @@ def table(result: dict) -> str:
     ]
     for row in result["cases"]:
         sides, strongest = row["sides"], row["strongest"]
-        cells = [row["case"], speed(sides["ours"])]
+        cells = [row["case"], speed(sides[mine[0]])]
         if strongest:
             cells += [f"{strongest} {speed(sides[strongest])}", ratio(row["ratio"])]
         else:
@@ -167,6 +169,11 @@ def table(result: dict) -> str:
         cells += [speed(published) if published else "not run", ratio(row["ratio_to_published"])]
         cells.append(f"{sides[strongest]['loss_difference']:.1e}" if strongest else "")
         lines.append("| " + " | ".join(cells) + " |")
+    if len(mine) > 1:
+        lines += ["", f"| images/s | {' | '.join(mine)} |", "|---" * (len(mine) + 1) + "|"]
+        for row in result["cases"]:
+            cells = [speed(row["sides"][name]) if name in row["sides"] else "" for name in mine]
+            lines.append(f"| {row['case']} | {' | '.join(cells)} |")
     reasons = {(name, why) for row in result["cases"] for name, why in row["not_run"].items()}
     unequal = {
         name for row in result["cases"] for name, s in row["sides"].items() if not s["same_work"]
@@ -214,10 +221,8 @@ def main() -> None:
 
 def benchmark(args: argparse.Namespace) -> dict:
     """Runs all cases and returns the result that `table` shows."""
-    from benchmarks.torch_reference import PEERS, hardware
-
     cases = cases_from(args.cases)
-    names = args.peers.split(",") if args.peers else peers_for(args.device)
+    names = args.peers.split(",") if args.peers else list(PEERS)
     unknown = [name for name in names if name not in PEERS]
     if unknown:
         raise UserError(f"unknown peers {', '.join(unknown)}; valid: {', '.join(PEERS)}")
@@ -225,10 +230,9 @@ def benchmark(args: argparse.Namespace) -> dict:
     options = {name: getattr(args, name) for name in shared}
     ours = [Worker(name, **options) for name in args.ours.split(",")]
     peers = [Worker(name, **options) for name in names]
-    found = hardware("cuda" if args.device == "gpu" else "cpu")
     result = {
-        "hardware": found.get("gpu", found["cpu"]),
-        "machine": found,
+        "machine": hardware(),
+        "ours": [worker.side for worker in ours],
         "commit": commit(),
         "date": datetime.date.today().isoformat(),
         **options,
@@ -250,7 +254,6 @@ def benchmark(args: argparse.Namespace) -> dict:
                 )
                 result["cases"].append(row)
                 result["workers"] = {w.side: w.ask(do="describe") for w in [*ours, *peers]}
-                result["processors"] = result["workers"][ours[0].side]["processors"]
                 print(f"{case}: {ratio(row['ratio'])} of {row['strongest']}", file=sys.stderr)
                 if args.out:
                     args.out.parent.mkdir(parents=True, exist_ok=True)

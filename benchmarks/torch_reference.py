@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from benchmarks.machine import hardware
 from benchmarks.torch_published import PublishedTrainer
 from benchmarks.torch_trainers import (
     CompileMaxAutotuneTrainer,
@@ -154,19 +155,6 @@ def train_peer(
     return out
 
 
-def hardware(device: str = "cpu") -> dict:
-    """Returns the processor's and, for `cuda`, the GPU's name, and the number of cores."""
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        lines = [line for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        name = lines[0].split(":", 1)[1].strip() if lines else name
-    out = {"cpu": name, "cores": torch.multiprocessing.cpu_count()}
-    if device == "cuda":
-        out["gpu"] = torch.cuda.get_device_name()
-    return out
-
-
 def seeds_from(text: str) -> list[int]:
     """`3`, `0:8` (8 not included) or `1,5,9` -> the list. Raises `UserError` on anything else."""
     try:
@@ -245,6 +233,7 @@ def run(args: argparse.Namespace, recipe: Recipe, seed: int, data) -> None:
     except NotRun as reason:
         raise UserError(f"peer {args.peer} not run: {reason}") from None
     result = {key: value for key, value in result.items() if key not in ("losses", "model")}
+    on_gpu = args.device == "cuda"
     line = {"recipe": args.recipe, "peer": args.peer, "seed": seed} | result
     line |= {
         "settings": recipe.to_dict(),
@@ -254,7 +243,7 @@ def run(args: argparse.Namespace, recipe: Recipe, seed: int, data) -> None:
             "fingerprint": data.fingerprint,
         },
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
-        "hardware": hardware(args.device),
+        "hardware": hardware() | ({"gpu": torch.cuda.get_device_name()} if on_gpu else {}),
         "threads": torch.get_num_threads(),
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -3,7 +3,7 @@
 {"do": "prepare", "case": "train/dropout:128", "weights": FILE, "seconds": 1.0}
     -> {"losses", "compile_seconds", "data_seconds", ...} or {"not_run": REASON}
 {"do": "window"} -> {"images", "seconds"}
-{"do": "describe"} -> {"versions", "threads", "peak_memory_bytes", "device"}
+{"do": "describe"} -> {"versions", "processors", "peak_memory_bytes", ...}
 {"do": "drop"} -> {}      frees the case
 """
 
@@ -11,15 +11,15 @@ from __future__ import annotations
 
 import argparse
 import gc
+import importlib.util
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+from benchmarks.machine import ROOT
 from cifar_jax.errors import UserError
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 class Worker:
@@ -93,7 +93,7 @@ def make_side(name: str, device: str):
 
 
 def describe(side: str) -> dict:
-    """Returns versions, threads, the process's peak memory so far and the device."""
+    """Returns versions, processors and threads, and the process's peak memory so far."""
     import platform
     import resource
 
@@ -111,12 +111,11 @@ def describe(side: str) -> dict:
         versions |= {m.__name__: m.__version__ for m in (jax, jaxlib, flax, optax)}
         out["device"] = str(jax.devices()[0].device_kind)
         out["devices"] = len(jax.devices())
-    else:
+    elif importlib.util.find_spec("torch"):
         import torch
 
         versions["torch"] = torch.__version__
         out["threads"] = torch.get_num_threads()
-        out["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     return out | {"versions": versions}
 
 

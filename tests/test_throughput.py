@@ -117,8 +117,9 @@ def test_our_own_failure_is_an_error_and_no_peer_is_no_ratio(tmp_path):
 def test_the_table_shows_ratios_and_reasons(tmp_path, capsys, monkeypatch):
     row = run_case([FakeWorker("eager", 100), FakeWorker("cudagraph", not_run="no GPU")], tmp_path)
     result = {
-        "hardware": "a processor", "processors": 2, "dataset": "cifar10", "rounds": 4,
-        "precision": "float32", "commit": "abc", "date": "2026-01-01", "cases": [row],
+        "machine": {"cpu": "a processor", "cores": 2}, "device": "cpu", "ours": ["ours"],
+        "precision": "float32", "dataset": "cifar10", "rounds": 4, "commit": "abc",
+        "date": "2026-01-01", "cases": [row],
     }  # fmt: skip
     file = tmp_path / "result.json"
     file.write_text(json.dumps(result))
@@ -128,6 +129,12 @@ def test_the_table_shows_ratios_and_reasons(tmp_path, capsys, monkeypatch):
     assert "| train/adam:50 | 300 (300-300) | eager 100 (100-100) | 3.00 (3.00-3.00)" in shown
     assert "Not run: cudagraph: no GPU." in shown
     assert "not run" in shown  # the published loop was not asked for
+
+
+def test_the_driver_knows_every_peer():
+    from benchmarks import torch_reference
+
+    assert set(throughput.PEERS) == set(torch_reference.PEERS)
 
 
 def test_worker_says_what_is_missing(tmp_path, monkeypatch):
