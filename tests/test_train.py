@@ -1,6 +1,5 @@
 """Whole runs through the train command: what they print, write and compute."""
 
-# ruff: noqa: F811
 import functools
 import json
 import math
@@ -9,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
-from tiny_data import NAMES, RICH, SIZES, STEPS, assert_same_run, complete, rows_of, states_of, tiny
+from tiny_data import NAMES, RICH, SIZES, STEPS, assert_same_run, complete, rows_of, tiny, words
 
 from cifar_jax import feed, inference, make_model, make_optimizer, parallel, steps, train
 from cifar_jax.datasets import load_dataset, shapes10
@@ -26,7 +25,7 @@ def run(tiny, workdir, *arguments):
     return train.main([*arguments, *common], say=lines.append), lines
 
 
-QUICK = "--recipe adam --conv lax --batch-size 60 --epochs 1".split()
+QUICK = words("--recipe adam --conv lax --batch-size 60 --epochs 1")
 
 
 def test_what_a_run_says(complete):
@@ -153,7 +152,7 @@ def test_the_best_epoch_is_tested(complete, tiny):
 
 def test_an_earlier_best_is_tested_and_the_last_where_the_recipe_keeps_it(tiny, tmp_path):
     # A rate that ruins the weights at once makes the first epoch the best.
-    worse = "--optimizer sgd --learning-rate 8 --schedule constant --epochs 2 --clip-norm 1".split()
+    worse = words("--optimizer sgd --learning-rate 8 --schedule constant --epochs 2 --clip-norm 1")
     first, _ = run(tiny, tmp_path / "a", *QUICK, *worse, "--select-best")
     last, _ = run(tiny, tmp_path / "b", *QUICK, *worse)
     rows = rows_of(tmp_path / "a", "epoch")
@@ -164,7 +163,7 @@ def test_an_earlier_best_is_tested_and_the_last_where_the_recipe_keeps_it(tiny, 
 
 
 def test_pictures_are_pictures(complete):
-    names = "training_batch channels curves confusion_matrix predictions mistakes".split()
+    names = words("training_batch channels curves confusion_matrix predictions mistakes")
     assert sorted(p.name for p in (complete / "plots").iterdir()) == sorted(
         f"{name}.png" for name in names
     )
@@ -193,9 +192,7 @@ def test_the_streamed_feed_gives_the_same_run(complete, tiny, tmp_path):
 
 @pytest.mark.parametrize("length", [1, 5])
 def test_chunks_and_saves_change_nothing(complete, tiny, tmp_path, monkeypatch, length):
-    monkeypatch.setattr(
-        parallel.Chunks, "ran", lambda self, *_: setattr(self, "_length", length)
-    )
+    monkeypatch.setattr(parallel.Chunks, "ran", lambda self, *_: setattr(self, "_length", length))
     run(tiny, tmp_path / "run", *RICH, "--save-minutes", "1e-5" if length == 5 else "1e9")
     assert_same_run(tmp_path / "run", complete)
 
@@ -207,7 +204,7 @@ def test_another_seed_is_another_run(complete, tiny, tmp_path):
 
 
 def test_without_validation_the_last_weights_are_tested(tiny, tmp_path):
-    recipe = "--recipe tutorial --conv lax --epochs 1 --batch-size 50 --log-every 0".split()
+    recipe = words("--recipe tutorial --conv lax --epochs 1 --batch-size 50 --log-every 0")
     summary, lines = run(tiny, tmp_path / "run", *recipe)
     assert (summary["training_images"], summary["validation_images"]) == (600, 0)
     assert summary["best_epoch"] is None
@@ -228,7 +225,7 @@ def test_evaluation_batches_larger_than_the_split_hold_the_split(tiny, tmp_path)
 def test_divergence_stops_at_once_and_keeps_what_was_good(tiny, tmp_path):
     workdir = tmp_path / "run"
     # Warm-up from 0 makes the first epoch harmless, so that there is a checkpoint to keep.
-    rate = "--optimizer sgd --momentum 0.99 --learning-rate 1000 --warmup-epochs 1000".split()
+    rate = words("--optimizer sgd --momentum 0.99 --learning-rate 1000 --warmup-epochs 1000")
     arguments = [*QUICK, *rate, "--epochs", "1000", "--save-minutes", "1e-6"]
     with pytest.raises(UserError, match=r"not finite at step \d+ \(learning rate .*kept") as caught:
         run(tiny, workdir, *arguments)
@@ -241,15 +238,14 @@ def test_divergence_stops_at_once_and_keeps_what_was_good(tiny, tmp_path):
     assert not (workdir / "summary.json").exists()
 
 
-def test_a_loss_that_does_not_fall_brings_the_checklist(tiny, tmp_path):
+def test_a_loss_that_does_not_fall_brings_the_checklist(complete, tiny, tmp_path):
+    assert "warning" not in (complete.parent / "said.txt").read_text()
     _, lines = run(tiny, tmp_path / "run", *QUICK, "--learning-rate", "0")
     (at,) = [i for i, line in enumerate(lines) if line.startswith("warning: the loss stayed")]
     assert "2.303" in lines[at]
     checklist = "\n".join(lines[at + 1 : at + 6])
     for word in ("learning rate", "--normalize", "state", "optimizer", "labels"):
         assert word in checklist
-    _, lines = run(tiny, tmp_path / "good", *QUICK, "--learning-rate", "0.01", "--epochs", "2")
-    assert not any(line.startswith("warning") for line in lines)
 
 
 def test_overwrite_starts_anew(tiny, tmp_path):
@@ -261,11 +257,7 @@ def test_overwrite_starts_anew(tiny, tmp_path):
     second, _ = run(tiny, workdir, *QUICK, "--learning-rate", "0.002", "--overwrite")
     assert second["test_loss"] != first["test_loss"]
     assert len(rows_of(workdir, "epoch")) == 1
-    again, _ = run(tiny, tmp_path / "other", *QUICK, "--learning-rate", "0.002")
-    assert again["test_loss"] == second["test_loss"]
-    same = states_of(tmp_path / "other")
-    for name, value in states_of(workdir).items():
-        np.testing.assert_array_equal(value, same[name], err_msg=name)
+    assert [folder.name for folder in (workdir / "checkpoints").iterdir()] == ["8"]
 
 
 def test_the_labelled_fall_back_is_asked_for_and_announced(tmp_path, monkeypatch):

@@ -18,15 +18,17 @@ from cifar_jax.records import read_metrics
 from cifar_jax.workdir import read_config
 
 ROOT = Path(__file__).resolve().parent.parent
-NAMES = "airplane automobile bird cat deer dog frog horse ship truck".split()
+words = str.split
+
+NAMES = words("airplane automobile bird cat deer dog frog horse ship truck")
 SIZES = {"train": 600, "test": 200}
 
 # Everything that carries state from step to step: Adam's moments, an averaged copy of the weights,
 # a schedule, random augmentation, a partly filled last batch, a window that straddles saves.
 RICH = [
-    *"--recipe adam --conv lax --epochs 4 --batch-size 14 --learning-rate 0.003".split(),
-    *"--schedule cosine --warmup-epochs 1 --ema-decay 0.8 --augment flip,translate".split(),
-    *"--select-best --log-every 8".split(),
+    *words("--recipe adam --conv lax --epochs 4 --batch-size 14 --learning-rate 0.003"),
+    *words("--schedule cosine --warmup-epochs 1 --ema-decay 0.8 --augment flip,translate"),
+    *words("--select-best --log-every 8"),
 ]
 STEPS = 35  # an epoch of 480 images in batches of 14; the last holds 4
 
@@ -228,4 +230,3 @@ class Launcher:
         self._server.stdin.close()
         self._server.wait(60)
         self._server.stdout.close()
-
