@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from cifar_jax.errors import UserError, lookup, nearest
 from cifar_jax.models import MODELS
@@ -29,13 +29,20 @@ class Parser(argparse.ArgumentParser):
         """Parses `arguments`, sys.argv by default. Raises `UserError`."""
         known, unknown = self.parse_known_args(arguments)
         if unknown:
-            options = [name for action in self._actions for name in action.option_strings]
-            options = [name for name in options if name.startswith("--")]
+            options = {name for name in _option_names(self) if name.startswith("--")}
             wrong = unknown[0].split("=")[0]
             if not wrong.startswith("-"):
                 raise UserError(f"unexpected argument {wrong!r} (see {self.prog} --help)")
             raise UserError(f"unknown option {wrong}; {nearest(wrong, options)}")
         return known
+
+
+def _option_names(parser: argparse.ArgumentParser) -> Iterator[str]:
+    for action in parser._actions:
+        yield from action.option_strings
+        if isinstance(action, argparse._SubParsersAction):
+            for inner in action.choices.values():
+                yield from _option_names(inner)
 
 
 def names(text: str) -> tuple[str, ...]:

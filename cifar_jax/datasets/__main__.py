@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 
-from cifar_jax import datasets
+from cifar_jax import cli, datasets
 from cifar_jax.datasets import locate
 from cifar_jax.errors import run_command
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m cifar_jax.datasets", description=__doc__)
+    parser = cli.Parser(prog="python -m cifar_jax.datasets", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    shared = argparse.ArgumentParser(add_help=False)
+    shared = cli.Parser(add_help=False)
     shared.add_argument("--data-dir", help="a tfds data directory")
     prepare = commands.add_parser(
         "prepare", parents=[shared], help="make a data set ready: fetch or draw, write, decode"
@@ -21,9 +20,9 @@ def main(argv: list[str] | None = None) -> None:
     prepare.add_argument("name", help=f"{', '.join(datasets.BUILT_IN)}, or a prepared tfds set")
     prepare.add_argument("--archive", help="a CIFAR archive or the folder extracted from it")
     prepare.add_argument("--url", help="another address of the same archive")
-    prepare.add_argument("--image-size", type=int, help="resize images to this many pixels")
+    prepare.add_argument("--image-size", type=cli.positive, help="resize images to so many pixels")
     commands.add_parser("list", parents=[shared], help="show the sets prepared on this machine")
-    args = parser.parse_args(argv)
+    args = parser.parse(argv)
     if args.command == "list":
         found = list(locate.list_prepared(locate.search_dirs(args.data_dir)))
         for path in found:
