@@ -121,9 +121,8 @@ def _tensorboard(run: Run, workdir: Path, at: Position):
 def _begin(run: Run, checkpoints: Checkpoints, log: MetricsLog, say: Print, resume: bool):
     """Returns the position to train from: the newest good checkpoint, or the start."""
     if resume and checkpoints.committed():
-        abstract = jax.eval_shape(
-            lambda: _payload(run, run.create(), parallel.empty_record(run.steps_per_epoch))
-        )
+        record = jax.eval_shape(lambda: parallel.empty_record(run.steps_per_epoch))
+        abstract = _payload(run, jax.eval_shape(run.create), record)
         with run.clock("restoring"):
             try:
                 found = checkpoints.restore(abstract)
