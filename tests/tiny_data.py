@@ -105,8 +105,8 @@ def states_of(workdir: Path) -> dict[str, np.ndarray]:
     found = {}
     for which in ("latest", "best"):
         restored = checkpoints.restore(workdir / "checkpoints", abstract, which=which)
-        position = {k: v for k, v in restored.extra.items() if k != "seconds"}
-        found[which] = np.array([restored.step, restored.metric, *position.values()], float)
+        position = [restored.extra["epoch"], restored.extra["step"], restored.metric]
+        found[which] = np.array([restored.step, *position], float)
         for path, leaf in jax.tree_util.tree_leaves_with_path(restored.state):
             if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
                 leaf = jax.random.key_data(leaf)
