@@ -10,9 +10,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from cifar_jax import feed, optimizers, parallel, steps
+from cifar_jax import augment, feed, optimizers, parallel, steps
 from cifar_jax.clock import Clock
 from cifar_jax.datasets import Dataset
+from cifar_jax.errors import lookup
 from cifar_jax.models import make_model
 from cifar_jax.workdir import Config
 
@@ -69,6 +70,9 @@ def make_run(config: Config, dataset: Dataset, options: Options, clock: Clock) -
       UserError: an unknown name, or a batch larger than the training split.
     """
     recipe = config.recipe
+    lookup(augment.NORMALIZATIONS, recipe.normalize, "normalization")
+    for name in recipe.augment:
+        lookup(augment.AUGMENTATIONS, name, "augmentation")
     keys = feed.run_keys(config.seed)
     size = len(dataset.splits["train"].labels)
     training, validation = feed.split_indices(keys["split"], size, recipe.validation_fraction)

@@ -100,11 +100,12 @@ def main(arguments: Sequence[str] | None = None, say=print) -> dict:
         tensorboard=options.tensorboard,
     )
     run = make_run(config, dataset, run_options, clock)
+    opening = finish.opening_lines(run, workdir)  # before there is a directory: it may refuse
     with open_workdir(workdir, config, overwrite=options.overwrite) as resume:
         summary = _complete(workdir, say) if resume else None
         if summary is not None:
             return summary
-        for line in finish.opening_lines(run, workdir):
+        for line in opening:
             say(line)
         with stop_requests() as stop:
             try:
