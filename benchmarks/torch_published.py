@@ -6,6 +6,7 @@ need not be installed); each does the same work on each image.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import ClassVar
@@ -67,12 +68,12 @@ class ImageDataset(Dataset):
 class PublishedTrainer(Trainer):
     """Dataset, transforms, DataLoader; the default optimiser; `loss.item()` every step.
 
-    `workers` is the DataLoader's; None measures 0, 1 and 2 on the first call and keeps the
-    fastest (`self.workers` then says which).
+    `workers` is the DataLoader's; None measures 0, 1 and 2 (no more than there are processors)
+    on the first call and keeps the fastest (`self.workers` then says which).
     """
 
     optimizer_options: ClassVar[dict] = {}
-    worker_counts = (0, 1, 2)
+    worker_counts = tuple(range(min(2, len(os.sched_getaffinity(0))) + 1))
 
     def __init__(self, *args, workers: int | None = None, **kwargs):
         super().__init__(*args, **kwargs)
