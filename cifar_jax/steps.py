@@ -107,7 +107,8 @@ def cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float = 0.0) 
 
 
 def _sums(logits, labels, mask, losses) -> Metrics:
-    hits = (logits.argmax(axis=-1) == labels).astype(jnp.float32)
+    mask = mask.astype(losses.dtype)
+    hits = (logits.argmax(axis=-1).astype(labels.dtype) == labels).astype(losses.dtype)
     return {"loss": (losses * mask).sum(), "correct": (hits * mask).sum(), "count": mask.sum()}
 
 
@@ -159,10 +160,12 @@ def train_step(
             rngs={"dropout": jax.random.fold_in(key, 0)},
             mutable=["batch_stats"],
         )
-        logits = logits.astype(jnp.float32)
+        if logits.dtype.itemsize < 4:
+            logits = logits.astype(jnp.float32)
         losses = cross_entropy(logits, batch["label"], label_smoothing)
         sums = _sums(logits, batch["label"], mask, losses)
-        return sums["loss"] / jnp.maximum(count, 1), (sums, updates.get("batch_stats", {}))
+        mean = sums["loss"] / jnp.maximum(count, 1).astype(losses.dtype)
+        return mean, (sums, updates.get("batch_stats", {}))
 
     grads, (sums, batch_stats) = jax.grad(loss_fn, has_aux=True)(params)
     if axis_name is not None:
