@@ -187,6 +187,38 @@ def test_both_sides_do_the_same_work(text, small, tmp_path):
     assert theirs.window()[0] > 0
 
 
+# torch's own compiler imports parts of torch that torch calls deprecated.
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+@pytest.mark.parametrize(
+    "peer", ["published", "eager_channels_last", pytest.param("compile", marks=pytest.mark.slow)]
+)
+@pytest.mark.parametrize("text", ["train/dropout:8", "eval/dropout:8"])
+def test_peers_start_from_the_weights_and_batches_given(text, peer, small, tmp_path, monkeypatch):
+    """Each peer's losses are those of the eager one, whatever way the images take."""
+    from benchmarks.torch_models import MODELS
+    from benchmarks.torch_published import PublishedTrainer
+
+    # Workers are forked, which jax's threads in this process would not survive.
+    monkeypatch.setattr(PublishedTrainer, "worker_counts", (0,))
+    flat = {}
+    for name, value in MODELS["dropout_cnn"]().state_dict().items():
+        layer, kind = name.split(".")
+        value = value.numpy()
+        if kind == "weight":
+            value = value.transpose(2, 3, 1, 0) if value.ndim == 4 else value.T
+        flat[f"{layer}/{'kernel' if kind == 'weight' else 'bias'}"] = value
+    np.savez(tmp_path / "weights.npz", **flat)
+    case, found = cases.parse(text), []
+    for name in ("eager", peer):
+        side = sides.PyTorch(name, "cpu")
+        found.append(side.prepare(case, small, "float32", tmp_path / "weights.npz", 0.01))
+        images, seconds = side.window()
+        assert images % (8 if case.kind == "train" else 30) == 0 < images
+        assert seconds > 0
+    assert len(found[0]["losses"]) == (8 if case.kind == "train" else 1)
+    assert statistics.largest_difference(found[1]["losses"], found[0]["losses"]) < 1e-4
+
+
 def test_what_cannot_run_gives_its_reason(small, tmp_path, monkeypatch):
     from benchmarks.torch_trainers import NotRun
 
