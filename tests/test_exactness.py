@@ -86,7 +86,7 @@ def configured(workdir):
 class Moment:
     """Holds when `look(workdir)` has risen `times` times since the start, or `seconds` are over."""
 
-    def __init__(self, workdir, look=None, times=1, seconds=60.0):
+    def __init__(self, workdir, look=None, times=1, seconds=600.0):
         self.workdir, self.look, self.left = workdir, look, times
         self.last = look(workdir) if look else 0
         self.until = time.monotonic() + seconds
@@ -114,7 +114,7 @@ def kill_often(launcher, tiny, folder, reference, kills, seed):
             # Half of the kills at a random time of the whole run, the others at an event.
             timed = rng.random() < 0.5
             look, times = (None, 1) if timed else (rng.choice(looks), rng.randint(1, 4))
-            limit = rng.uniform(0, seconds) if timed else 60.0
+            limit = rng.uniform(0, seconds) if timed else 600.0
             final = len(hits) >= kills
             moment = Moment(workdir, look, times, limit)
             signal_number = None if final else signal.SIGKILL
@@ -234,7 +234,7 @@ def damage(folder, how):
 
 
 @pytest.fixture(scope="module")
-def stopped(launcher, tiny, tmp_path_factory):
+def stopped(launcher, tiny, reference, tmp_path_factory):
     """A run directory stopped early in its third epoch."""
     workdir = tmp_path_factory.mktemp("stopped") / "run"
     assert len(partial(launcher, tiny, workdir)) >= 2
