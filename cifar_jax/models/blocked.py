@@ -18,13 +18,32 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.xla_metadata import set_xla_metadata
 
-barrier = lax.optimization_barrier  # keeps XLA from fusing a copy into its many readers
+_T = TypeVar("_T")
+
+# Keeps XLA from rewriting across it (say, a transposed product into a product of transposes).
+# It does not keep XLA:CPU from fusing: barriers are gone by then. `materialize` does.
+barrier = lax.optimization_barrier
+
+
+def materialize(function: Callable[..., _T], *arrays: jax.Array) -> _T:
+    """function(*arrays), computed once and written out before anything reads it.
+
+    XLA:CPU fuses cheap operations into each of their readers: a pool would be computed anew, from
+    four times the data, in every slab cut from it. A call that may not be inlined is a boundary
+    that fusion does not cross.
+    """
+    if jax.default_backend() != "cpu":
+        return function(*arrays)
+    with set_xla_metadata(inlineable="false"):
+        return jax.jit(function)(*arrays)
 
 
 @functools.partial(
@@ -69,9 +88,12 @@ def to_blocked(images: jax.Array, block: int) -> Blocked:
     if (h * block, w * block) != (height, width):
         after_h, after_w = h * block - height, w * block - width
         images = jnp.pad(images, ((0, 0), (0, after_h), (0, after_w), (0, 0)))
-    x = images.reshape(batch, h, block, w, block, channels).transpose(2, 4, 5, 1, 3, 0)
-    phases = barrier(x).reshape(block, block, channels, h, w * batch)
-    return Blocked(phases, batch, height, width)
+
+    def split(images):
+        x = images.reshape(batch, h, block, w, block, channels).transpose(2, 4, 5, 1, 3, 0)
+        return x.reshape(block, block, channels, h, w * batch)
+
+    return Blocked(materialize(split, images), batch, height, width)
 
 
 def _pixels(x: Blocked) -> jax.Array:

@@ -11,17 +11,18 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from cifar_jax.models.blocked import barrier
+from cifar_jax.models.blocked import materialize
 
-# Blocks in a layer from which the bias gradient is faster as a product with ones than as a sum.
-# Two AVX-512 cores: b4 and b20 layers prefer the sum, b64 and b128 the product.
-ONES_FROM = 1 << 20
+# Numbers from which adding them up for the bias gradient is faster as a product with ones, which
+# runs on all cores, than as a sum. Two AVX-512 cores: the layers of b4, b16 and b20 prefer the
+# sum, those of b64 and b128 the product.
+ONES_FROM = 400_000
 
 _DEAD = 4  # winner index of a pool window that relu cut off
 
 
-def _column(bias: jax.Array) -> jax.Array:
-    return bias.reshape(-1, 1)
+def _relu(x: jax.Array) -> jax.Array:
+    return jnp.maximum(x, jnp.zeros((), x.dtype))
 
 
 def _bias_gradient(g: jax.Array) -> jax.Array:
@@ -43,15 +44,15 @@ def bias_relu(y: jax.Array, bias: jax.Array) -> jax.Array:
 
 
 def _relu_forward(y, bias):
-    p, _, features = y.shape[:3]
-    flat = y.reshape(p * p, features, -1)
-    z = barrier(jax.nn.relu(flat + _column(bias)[None]))
-    return z.reshape(y.shape), z
+    column = bias.reshape(1, 1, -1, 1, 1)
+    z = materialize(lambda y, column: _relu(y + column), y, column)
+    return z, z
 
 
 def _relu_backward(z, dz):
-    g = barrier(jnp.where(z > 0, dz.reshape(z.shape), jnp.zeros((), z.dtype)))
-    return g.reshape(dz.shape), _bias_gradient(g)
+    g = materialize(lambda z, dz: jnp.where(z > 0, dz, jnp.zeros((), dz.dtype)), z, dz)
+    p, _, features = g.shape[:3]
+    return g, _bias_gradient(g.reshape(p * p, features, -1))
 
 
 bias_relu.defvjp(_relu_forward, _relu_backward)
@@ -60,47 +61,43 @@ bias_relu.defvjp(_relu_forward, _relu_backward)
 @jax.custom_vjp
 def bias_relu_pool(y: jax.Array, bias: jax.Array) -> jax.Array:
     """max over 2x2 of relu(y + bias): float [P, P, F, h, L], P even -> [P/2, P/2, F, h, L]."""
-    a, b, c, d = _quarters(y)
-    top = jnp.maximum(jnp.maximum(a, b), jnp.maximum(c, d))
-    z = barrier(jax.nn.relu(top + _column(bias)[None, None]))
-    return z.reshape(_pooled_shape(y))
+    return materialize(lambda y, bias: _pool(y, bias)[0], y, bias)
 
 
-def _pooled_shape(y):
+def _pool(y, bias):
+    """Returns the pooled z and, for every window, the index 0..3 of its winner or `_DEAD`."""
     p, _, features, h, length = y.shape
-    return p // 2, p // 2, features, h, length
-
-
-def _quarters(y):
-    """[P, P, F, h, L] -> the four pixels of every window, each [P/2, P/2, F, h*L]."""
-    p, _, features = y.shape[:3]
-    q = y.reshape(p // 2, 2, p // 2, 2, features, -1)
-    return q[:, 0, :, 0], q[:, 0, :, 1], q[:, 1, :, 0], q[:, 1, :, 1]
+    q = y.reshape(p // 2, 2, p // 2, 2, features, h, length)
+    a, b, c, d = q[:, 0, :, 0], q[:, 0, :, 1], q[:, 1, :, 0], q[:, 1, :, 1]
+    upper, lower = jnp.maximum(a, b), jnp.maximum(c, d)
+    z = _relu(jnp.maximum(upper, lower) + bias.reshape(1, 1, -1, 1, 1))
+    index = [jnp.int32(i) for i in range(_DEAD + 1)]
+    winner = jnp.where(
+        lower > upper,
+        jnp.where(d > c, index[3], index[2]),
+        jnp.where(b > a, index[1], index[0]),
+    )
+    return z, jnp.where(z > 0, winner, index[_DEAD])
 
 
 def _pool_forward(y, bias):
-    a, b, c, d = _quarters(y)
-    upper, lower = jnp.maximum(a, b), jnp.maximum(c, d)
-    z = jax.nn.relu(jnp.maximum(upper, lower) + _column(bias)[None, None])
-    one = jnp.int32(1)
-    winner = jnp.where(
-        lower > upper,
-        jnp.where(d > c, 3 * one, 2 * one),
-        jnp.where(b > a, one, 0 * one),
-    )
-    winner = jnp.where(z > 0, winner, _DEAD * one)
-    z, winner = barrier((z, winner))
-    return z.reshape(_pooled_shape(y)), winner
+    return materialize(_pool, y, bias)
+
+
+def _unpool(winner, dz):
+    """Gives every window's gradient to its winner: [P/2, P/2, F, h, L] -> [P, P, F, h, L]."""
+    p, _, features, h, length = dz.shape
+    code = jnp.arange(4, dtype=winner.dtype).reshape(1, 2, 1, 2, 1, 1, 1)
+    won = winner[:, None, :, None] == code
+    g = jnp.where(won, dz[:, None, :, None], jnp.zeros((), dz.dtype))
+    return g.reshape(2 * p, 2 * p, features, h, length)
 
 
 def _pool_backward(winner, dz):
-    p, _, features, h, length = dz.shape
-    d = barrier(dz.reshape(winner.shape))
-    code = jnp.arange(4, dtype=jnp.int32).reshape(1, 2, 1, 2, 1, 1)
-    g = jnp.where(winner[:, None, :, None] == code, d[:, None, :, None], jnp.zeros((), d.dtype))
-    g = barrier(g)
-    dy = g.reshape(2 * p, 2 * p, features, h, length)
-    return dy, _bias_gradient(g.reshape(4 * p * p, features, -1))
+    p, _, features = dz.shape[:3]
+    dy = materialize(_unpool, winner, dz)
+    alive = jnp.where(winner < _DEAD, dz, jnp.zeros((), dz.dtype))
+    return dy, _bias_gradient(alive.reshape(p * p, features, -1))
 
 
 bias_relu_pool.defvjp(_pool_forward, _pool_backward)

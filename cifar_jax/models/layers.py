@@ -57,6 +57,32 @@ class ConvRelu(nn.Module):
         )
 
 
+class Conv(nn.Module):
+    """A bare convolution, for what puts a normalisation before the relu.
+
+    Input [N, H, W, C] float or `Blocked`; output [N, H', W', features]. Parameters: `kernel`
+    [k, k, C, features] (HWIO), with `use_bias` also `bias` [features].
+    """
+
+    features: int
+    kernel_size: int
+    padding: int = 0
+    use_bias: bool = True
+    lowering: str = "auto"
+
+    @nn.compact
+    def __call__(self, x: jax.Array | Blocked) -> jax.Array:
+        k, channels = self.kernel_size, _channels(x)
+        init = torch_uniform(k * k * channels)
+        kernel = self.param("kernel", init, (k, k, channels, self.features))
+        x = lowering.convolve(x, kernel, padding=self.padding, lowering=self.lowering)
+        x = lowering.to_images(x)
+        if not self.use_bias:
+            return x
+        bias = self.param("bias", init, (self.features,))
+        return x + bias.astype(x.dtype).reshape(1, 1, 1, -1)
+
+
 class Flatten(nn.Module):
     """[N, H, W, C] or `Blocked` -> [N, H * W * C]."""
 
