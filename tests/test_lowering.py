@@ -257,9 +257,7 @@ def test_bad_lowerings_and_sizes_are_user_errors():
     with pytest.raises(UserError, match="images of 4x4 are too small"):
         convolve(x, kernel, bias)
     one_row = x[:, :1]
-    with pytest.raises(
-        UserError, match="1x4 are too small here for a 5x5 convolution with a 2x2 pool"
-    ):
+    with pytest.raises(UserError, match="1x4 are too small here for a 5x5 convolution with"):
         convolve(one_row, kernel, bias, padding=2, pool=True)
 
 
