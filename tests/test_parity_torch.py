@@ -49,6 +49,8 @@ OPTIMIZERS = {
         functools.partial(torch.optim.Adam, lr=0.001),
     ),
 }
+# Adam divides by |g| + 1e-8, and so makes the rounding of a tiny gradient up to 1e5 times larger.
+TOLERANCES = {"momentum": 1e-9, "adam": 1e-7}
 
 
 def options_of(name):
@@ -182,7 +184,7 @@ def test_weights_after_100_steps_in_float64(name, form, kind):
             _, loss, gradients = float64_step(name, form)(params, images, labels)
             params, state = update(params, state, gradients)
             ours.append(loss)
-        assert_close(to_torch(params), weights, 1e-9)
+        assert_close(to_torch(params), weights, TOLERANCES[kind])
     np.testing.assert_allclose(ours, losses, rtol=1e-9)
     moved = [np.abs(weights[n] - start[n]).max() / np.abs(start[n]).max() for n in weights]
     assert min(moved) > 1e-3, "the weights hardly moved: nothing was compared"
@@ -240,7 +242,7 @@ def test_float32_on_real_images(recipe, form, cifar10):
 @pytest.mark.parametrize("name", NAMES)
 def test_trained_weights_go_to_pytorch_and_come_back(name):
     image = jnp.zeros((1, 32, 32, 3))
-    params = jax.jit(MODELS[name]().init)(jax.random.key(5), image)["params"]
+    params = jax.jit(MODELS[name](lowering="lax").init)(jax.random.key(5), image)["params"]
     exported = to_torch(params)
     peer = TORCH_MODELS[name]()
     peer.load_state_dict({k: torch.tensor(v) for k, v in exported.items()}, strict=True)
