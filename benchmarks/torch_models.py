@@ -14,6 +14,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from cifar_jax.torch_weights import to_torch
+
 
 class TutorialCNN(nn.Module):
     """The PyTorch tutorial's network: 62,006 parameters with 10 classes."""
@@ -136,36 +138,5 @@ MODELS: dict[str, type[nn.Module]] = {
 
 
 def state_from_flax(params: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, torch.Tensor]:
-    """Returns the state dict that gives the PyTorch network the flax parameters' weights.
-
-    Args:
-      params: {layer: {"kernel", "bias"}} in order of use; conv kernels HWIO, dense kernels
-        [in, out]. Layers called `features_N` and `classifier_N` become `features.N` and
-        `classifier.N`.
-
-    The first dense layer after the convolutions is permuted from flax's flatten order (HWC)
-    to PyTorch's (CHW).
-    """
-    state = {}
-    channels = None
-    for layer in sorted(params, key=_order_of_use):
-        kernel = np.asarray(params[layer]["kernel"])
-        if kernel.ndim == 4:
-            channels = kernel.shape[3]
-            weight = kernel.transpose(3, 2, 0, 1)
-        else:
-            if channels is not None:
-                side = round((kernel.shape[0] // channels) ** 0.5)
-                kernel = kernel.reshape(side, side, channels, -1).transpose(2, 0, 1, 3)
-                kernel = kernel.reshape(side * side * channels, -1)
-                channels = None
-            weight = kernel.T
-        name = layer.replace("features_", "features.").replace("classifier_", "classifier.")
-        state[f"{name}.weight"] = torch.tensor(np.ascontiguousarray(weight))
-        state[f"{name}.bias"] = torch.tensor(np.asarray(params[layer]["bias"]))
-    return state
-
-
-def _order_of_use(layer: str) -> tuple[int, int]:
-    kind = layer.rstrip("0123456789")
-    return (0 if kind in ("conv", "features_") else 1, int(layer[len(kind) :]))
+    """Returns the state dict that gives the PyTorch network our weights (`torch_weights`)."""
+    return {name: torch.tensor(value) for name, value in to_torch(params).items()}
