@@ -27,9 +27,11 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import dataclasses
+import errno
 import json
 import logging
 import os
+import shutil
 import traceback
 from pathlib import Path
 from typing import Any
@@ -216,6 +218,10 @@ class Checkpoints:
         for name in ("absl", "asyncio"):
             logging.getLogger(name).addFilter(_not_of_orbax)  # adding it again does nothing
         try:
+            # Looked at first: TensorStore's threads print tracebacks when a write finds no room.
+            needed = sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+            if shutil.disk_usage(self.directory).free < needed:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             if self._checkpointer is None:
                 self._checkpointer = ocp.StandardCheckpointer()
             self._checkpointer.save(folder / "state", tree)
