@@ -3,8 +3,8 @@
     python -m experiments.reproduce --recipes tutorial,adam,dropout,deep --seeds 0:8
 
 trains what is missing (each run resumes by itself), and writes `reproduce.json`, `reproduce.md`
-and `reproduce.png` into `experiments/results`. The PyTorch column is read from
-`experiments/results/torch_<recipe>.jsonl`, made by
+and `reproduce.png` into `experiments/results`; recipes not named keep their earlier results. The
+PyTorch column is read from `experiments/results/torch_<recipe>.jsonl`, made by
 
     python -m benchmarks.torch_reference --recipe R --peer eager --seeds 0:8 --out FILE
 """
@@ -21,7 +21,7 @@ from pathlib import Path
 from cifar_jax import cli, train
 from cifar_jax.errors import UserError, lookup, run_command
 from cifar_jax.recipes import RECIPES
-from cifar_jax.records import write_summary
+from cifar_jax.records import to_json, write_summary
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -120,8 +120,18 @@ def pytorch(recipe: str) -> list[dict]:
     ]
 
 
+def _former(file: Path) -> dict:
+    """Returns the results of recipes run before, {} where there are none."""
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"  # no spread of a single run
+
+
 def _shown(value: dict, digits: int = 2) -> str:
-    return f"{value['mean']:.{digits}f} ± {value['std']:.{digits}f} (n={value['n']})"
+    std = _number(value["std"], digits)
+    return f"{value['mean']:.{digits}f} ± {std} (n={value['n']})"
 
 
 def table(results: dict) -> str:
@@ -136,7 +146,8 @@ def table(results: dict) -> str:
         mine, theirs = result["ours"], result["pytorch"]
         cells = [name, published, _shown(mine["accuracy"])]
         if theirs:
-            difference = f"{result['difference']:+.2f} = {result['z']:+.2f} se"
+            errors = _number(result["z"], 2)
+            difference = f"{result['difference']:+.2f} = {errors} se"
             cells += [_shown(theirs["accuracy"]), difference]
             cells += [_shown(mine["loss"], 4), _shown(theirs["loss"], 4)]
         else:
@@ -154,7 +165,9 @@ def table(results: dict) -> str:
             lines.append(f"| {name}, published | {' | '.join(f'{v:g}' for v in published)} |")
         for who in ("ours", "pytorch"):
             if result[who]:
-                cells = [f"{v['mean']:.1f} ± {v['std']:.1f}" for v in result[who]["per_class"]]
+                cells = [
+                    f"{v['mean']:.1f} ± {_number(v['std'], 1)}" for v in result[who]["per_class"]
+                ]
                 lines.append(f"| {name}, {who} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -170,7 +183,8 @@ def main(arguments: Sequence[str] | None = None) -> dict:
     options = parser.parse(arguments)
     extra = ["--data-dir", options.data_dir] if options.data_dir else []
     extra += ["--archive", options.archive] if options.archive else []
-    results = {}
+    out = Path(options.out)
+    results = _former(out / "reproduce.json")
     for name in options.recipes:
         lookup(RECIPES, name, "recipe")
         runs = ours(name, seeds(options.seeds), Path(options.runs), extra)
@@ -190,8 +204,8 @@ def main(arguments: Sequence[str] | None = None) -> dict:
                 a["standard_error"], b["standard_error"]
             )
         results[name] = result
-    out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
+    results = to_json({name: results[name] for name in PUBLISHED if name in results})
     text = table(results)
     write_summary(out / "reproduce.json", results)
     (out / "reproduce.md").write_text(text, encoding="utf-8")
