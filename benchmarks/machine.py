@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import platform
 import subprocess
 from pathlib import Path
+
+from cifar_jax.records import cpu_model, usable_cores
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def hardware() -> dict:
     """Returns the processor's name and how many of its cores this process may use."""
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        lines = [line for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        name = lines[0].split(":", 1)[1].strip() if lines else name
-    return {"cpu": name, "cores": len(os.sched_getaffinity(0))}
+    return {"cpu": cpu_model(), "cores": usable_cores()}
 
 
 def commit() -> str:

@@ -71,7 +71,7 @@ def train(
         with clock("saving"):
             checkpoints.wait()
         which = "best" if recipe.select_best else "latest"
-        chosen = checkpoints.restore(_payload(run, position.state, position.record), which=which)
+        chosen = checkpoints.restore(_payload(position.state, position.record), which=which)
     signal = stop()
     if signal:
         raise Interrupted(signal, total)
@@ -101,7 +101,7 @@ class Position:
     seconds: dict[str, float]
 
 
-def _payload(run: Run, state, record) -> dict:
+def _payload(state, record) -> dict:
     return {"state": state, "record": record}
 
 
@@ -122,7 +122,7 @@ def _begin(run: Run, checkpoints: Checkpoints, log: MetricsLog, say: Print, resu
     """Returns the position to train from: the newest good checkpoint, or the start."""
     if resume and checkpoints.committed():
         record = jax.eval_shape(lambda: parallel.empty_record(run.steps_per_epoch))
-        abstract = _payload(run, jax.eval_shape(run.create), record)
+        abstract = _payload(jax.eval_shape(run.create), record)
         with run.clock("restoring"):
             try:
                 found = checkpoints.restore(abstract)
@@ -298,6 +298,6 @@ class _Loop:
             }
             step = (at.epoch - 1) * run.steps_per_epoch + at.step
             check_weights(at.state, step, run.config.recipe, run.steps_per_epoch, self.checkpoints)
-            payload = _payload(run, at.state, at.record)
+            payload = _payload(at.state, at.record)
             self.checkpoints.save(step, payload, extra, metric=metric, block=block)
         self.saved_at = time.monotonic()
