@@ -28,13 +28,17 @@ from cifar_jax.errors import UserError, run_command
 TOLERANCE = {"float32": 1e-2, "bfloat16": 5e-2}
 # Peers slower than this share of the fastest in the screening are not measured further.
 SCREEN = 0.75
-# `torch_reference.PEERS`, named here too so that a machine without torch lists them as not run.
+# `torch_reference.PEERS`, named here too so that a machine without torch lists them as not run;
+# `@1` is a peer on one processor, which small batches sometimes prefer to two.
 PEERS = (
     "published",
     "eager",
+    "eager@1",
     "eager_channels_last",
+    "eager_channels_last@1",
     "compile",
     "compile_channels_last",
+    "compile_channels_last@1",
     "compile_max_autotune",
     "compile_reduce_overhead",
     "cudagraph",
@@ -219,13 +223,24 @@ def main() -> None:
     print(table(result))
 
 
+def check_sides(names: list[str]) -> None:
+    """Raises `UserError` for a side that does not exist."""
+    valid = sorted({name.partition("@")[0] for name in PEERS})
+    for name in names:
+        kind, at, threads = name.partition("@")
+        if kind.split("-")[0] != "ours" and kind not in valid:
+            raise UserError(f"unknown peers {kind}; valid: {', '.join(valid)}")
+        if at and (not threads.isdecimal() or int(threads) < 1):
+            raise UserError(f"{name}: after @ comes a number of processors, such as eager@1")
+
+
 def benchmark(args: argparse.Namespace) -> dict:
     """Runs all cases and returns the result that `table` shows."""
     cases = cases_from(args.cases)
     names = args.peers.split(",") if args.peers else list(PEERS)
-    unknown = [name for name in names if name not in PEERS]
-    if unknown:
-        raise UserError(f"unknown peers {', '.join(unknown)}; valid: {', '.join(PEERS)}")
+    if not args.peers and args.device == "gpu":
+        names = [name for name in names if "@" not in name]
+    check_sides([*names, *args.ours.split(",")])
     shared = ("device", "precision", "threads", "dataset", "data_dir")
     options = {name: getattr(args, name) for name in shared}
     ours = [Worker(name, **options) for name in args.ours.split(",")]

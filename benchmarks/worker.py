@@ -26,13 +26,17 @@ class Worker:
     """The driver's end of a worker process.
 
     Args:
-      side: `ours`, `ours-step`, `ours-LOWERING`, `ours-step-LOWERING`, or a PyTorch peer's name.
+      side: `ours`, `ours-step`, `ours-LOWERING`, `ours-step-LOWERING`, or a PyTorch peer's name;
+        any of them with `@N` for a number of processors of its own, such as `eager@1`.
       options: of `add_options`, by name, for the worker's command line.
     """
 
     def __init__(self, side: str, **options):
         self.side = side
-        command = [sys.executable, "-m", "benchmarks.worker", side]
+        name, _, threads = side.partition("@")
+        if threads:
+            options["threads"] = int(threads)
+        command = [sys.executable, "-m", "benchmarks.worker", name]
         for name, value in options.items():
             if value is not None:
                 command.append(f"--{name.replace('_', '-')}={value}")

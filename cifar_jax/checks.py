@@ -42,7 +42,8 @@ def check_first_forward(run, state) -> str:
         raise UserError(
             f"model {recipe.model} gives non-finite values before training; check its weights"
         )
-    loss = float(np.mean(cross_entropy(logits, np.asarray(split.labels[chosen]))))
+    losses = jax.jit(cross_entropy)(logits, np.asarray(split.labels[chosen]))
+    loss = float(np.mean(losses))
     return (
         f"Dry run    loss {loss:.3f} on one batch untrained; guessing gives {math.log(classes):.3f}"
     )
