@@ -72,6 +72,7 @@ def train_peer(
     order: Sequence[np.ndarray] | None = None,
     max_steps: int | None = None,
     device: str = "cpu",
+    workers: int | None = None,
     report: Callable[[dict], None] | None = None,
 ) -> dict:
     """Trains one run with a peer and returns what it measured.
@@ -85,6 +86,7 @@ def train_peer(
       initial_state: a state dict; by default PyTorch's own initialisation from `seed`.
       order: the batches of indices of the whole run, in place of epochs over a random split.
       max_steps: stop after so many steps, with no evaluation of a cut epoch.
+      workers: the published loop's DataLoader workers; None measures and takes the fastest.
       report: called with each epoch's row.
 
     Returns:
@@ -112,6 +114,8 @@ def train_peer(
     else:
         epochs = iter([list(order)])
     trainer = make(recipe, images, labels, seed=seed, initial_state=initial_state, device=device)
+    if workers is not None:
+        trainer.workers = workers
     validation = trainer.place(held_images, held_labels) if len(held_out) else None
     losses, rows, steps = [], [], 0
     best_loss, best_epoch, best_state = float("inf"), None, None
@@ -183,10 +187,14 @@ def main() -> None:
     parser.add_argument("--recipe", required=True, help=f"one of {', '.join(RECIPES)}")
     parser.add_argument("--peer", default="eager", help=f"one of {', '.join(PEERS)}")
     parser.add_argument("--seeds", default="0:1", help="0:8 or 1,5,9")
-    parser.add_argument("--out", required=True, type=Path, help="JSON lines, appended to")
+    parser.add_argument("--out", type=Path, help="JSON lines, appended to")
     parser.add_argument("--threads", type=int, default=0, help="PyTorch's threads; 0: its own")
     parser.add_argument("--epochs", type=int, default=None, help="instead of the recipe's")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--workers", type=int, help="the published loop's; default: the fastest")
+    parser.add_argument(
+        "--probe-workers", action="store_true", help="print the fastest number of workers and stop"
+    )
     parser.add_argument("--data-dir", default=None, help="directory of prepared data sets")
     args = parser.parse_args()
 
@@ -195,6 +203,10 @@ def main() -> None:
         recipe = recipe.replace(epochs=args.epochs)
     lookup(PEERS, args.peer, "peer")
     seeds = seeds_from(args.seeds)
+    if args.out is None and not args.probe_workers:
+        raise UserError("--out FILE is missing: where the runs' lines go")
+    if args.workers is not None and (args.workers < 0 or args.peer != "published"):
+        raise UserError("--workers is the published loop's DataLoader workers, 0 or more")
     if args.threads < 0:
         raise UserError(f"--threads must be 0 or more, got {args.threads}")
     if args.threads:
@@ -203,12 +215,22 @@ def main() -> None:
     from cifar_jax.datasets import load_dataset
 
     data = load_dataset(recipe.dataset, data_dir=args.data_dir)
+    if args.probe_workers:
+        print(probe_workers(recipe, data.splits["train"]))
+        return
     done = seeds_done(args.out, recipe.to_dict(), args.peer)
     for seed in seeds:
         if seed in done:
             print(f"{args.recipe} seed {seed}: already in {args.out}", file=sys.stderr)
             continue
         run(args, recipe, seed, data)
+
+
+def probe_workers(recipe: Recipe, split, images: int = 4000) -> int:
+    """Returns the DataLoader workers with which the published loop is fastest here."""
+    trainer = PEERS["published"](recipe, split.images, split.labels)
+    order = epoch_order(len(split.labels), recipe.batch_size, 0, 0)
+    return trainer.fastest_worker_count(order[: max(3, images // recipe.batch_size)])
 
 
 def run(args: argparse.Namespace, recipe: Recipe, seed: int, data) -> None:
@@ -228,6 +250,7 @@ def run(args: argparse.Namespace, recipe: Recipe, seed: int, data) -> None:
             train.labels,
             test=(test.images, test.labels),
             device=args.device,
+            workers=args.workers,
             report=report,
         )
     except NotRun as reason:
