@@ -135,8 +135,8 @@ def table(result: dict) -> str:
     machine = result["machine"]
     lines = [
         f"{machine['cpu']}, {machine['cores']} cores; {result['dataset']}; commit "
-        f"{result['commit']}, {result['date']}. Medians of {result['rounds']} rounds, seconds from "
-        "process start.",
+        f"{result['commit'][:12]}, {result['date']}. Medians of {result['rounds']} rounds, "
+        "seconds from process start.",
         "",
         "| recipe, epochs | side | whole command | first epoch done | a further epoch |"
         " peak memory, GB | our command is faster by | ahead from epoch (cold, warm) |",

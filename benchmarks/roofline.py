@@ -108,7 +108,7 @@ def table(result: dict) -> str:
     lines = [
         f"{machine['cpu']}, {machine['cores']} cores; a 2048 x 2048 float32 product "
         f"{rates['flops'] / 1e9:.0f} GFLOP/s, memory {rates['bytes'] / 1e9:.1f} GB/s; commit "
-        f"{result['commit']}, {result['date']}.",
+        f"{result['commit'][:12]}, {result['date']}.",
         "",
         "| case | GFLOP a step | MB a step | floor, ms: compute, memory | our step, ms |"
         " GFLOP/s | share of the floor |",

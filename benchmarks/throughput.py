@@ -155,7 +155,7 @@ def table(result: dict) -> str:
         chip = f"{result['workers'][mine[0]]['device']} ({chip})"
     lines = [
         f"{chip}; {result['dataset']}, "
-        f"{result['precision']}; commit {result['commit']}, {result['date']}. "
+        f"{result['precision']}; commit {result['commit'][:12]}, {result['date']}. "
         f"Images/s: median (lowest-highest) of {result['rounds']} rounds.",
         "",
         "| case | ours | strongest PyTorch peer | ratio (95 % interval) | published loop | ratio |"

@@ -258,7 +258,7 @@ def environment() -> dict:
             "cifar_jax": __version__,
             **{name: _version(name) for name in packages},
         },
-        "commit": _commit(Path(__file__).resolve().parent.parent),
+        "commit": commit(Path(__file__).resolve().parent.parent),
         "device": {
             "platform": device.platform,
             "kind": device.device_kind,
@@ -278,15 +278,17 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _commit(root: Path) -> str | None:
+def commit(root: Path) -> str | None:
+    """Returns the commit checked out at `root`, marked `-dirty` where files differ from it; None
+    where there is none."""
     if not (root / ".git").exists():  # an installed package, perhaps inside somebody's checkout
         return None
     try:
-        commit = _git(root, "rev-parse", "HEAD")
+        head = _git(root, "rev-parse", "HEAD")
         changed = _git(root, "status", "--porcelain", "--untracked-files=no")
     except (OSError, subprocess.SubprocessError):
         return None
-    return commit + ("-dirty" if changed else "")
+    return head + ("-dirty" if changed else "")
 
 
 def _git(root: Path, *arguments: str) -> str:

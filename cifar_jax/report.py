@@ -29,23 +29,12 @@ def rates(sums: Mapping) -> dict:
     }
 
 
-def confusion_counts(true: np.ndarray, predicted: np.ndarray, num_classes: int) -> np.ndarray:
-    """Returns int64 [C, C]: how many images of each true class (row) got each class (column).
-
-    Args:
-      true, predicted: int [N], in [0, num_classes).
-    """
-    true, predicted = np.asarray(true, np.int64), np.asarray(predicted, np.int64)
-    flat = np.bincount(true * num_classes + predicted, minlength=num_classes**2)
-    return flat.reshape(num_classes, num_classes)
-
-
 def results(sums: Mapping, confusion: np.ndarray, class_names: Sequence[str]) -> dict:
     """Returns what a test found, as it stands in `summary.json`.
 
     Args:
       sums: {"loss", "correct", "count"} over the tested images.
-      confusion: int [C, C], from `confusion_counts` over the same images.
+      confusion: int [C, C], of each true class (row), how many got each class (column).
       class_names: C names.
 
     Returns:

@@ -6,6 +6,7 @@ import contextlib
 import io
 import os
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
@@ -101,6 +102,8 @@ def _write(name: str, root: Path, arrays: Arrays | None, progress: bool) -> Path
         shutil.rmtree(stale, ignore_errors=True)
     if progress:
         notice(f"preparing {name} in {root / name}")
+    # tfds draws its bars wherever stderr goes, a log file too.
+    if progress and sys.stderr.isatty():
         tfds.enable_progress_bar()
     else:
         tfds.disable_progress_bar()

@@ -1,0 +1,67 @@
+"""The statistics of the experiments' tables, by hand."""
+
+import json
+import math
+
+import pytest
+
+from cifar_jax.errors import UserError
+from experiments import lowerings, reproduce
+
+
+def run(seed, accuracy, loss=1.0):
+    return {"seed": seed, "accuracy": accuracy, "loss": loss, "classes": [accuracy, 0.5]}
+
+
+def test_spread_is_the_sample_standard_deviation():
+    found = reproduce.spread([1.0, 2.0, 3.0, 4.0])
+    assert (found["n"], found["mean"]) == (4, 2.5)
+    assert found["std"] == pytest.approx(math.sqrt(5 / 3))
+    assert found["standard_error"] == pytest.approx(math.sqrt(5 / 12))
+    assert math.isnan(reproduce.spread([1.0])["std"])
+
+
+@pytest.mark.parametrize("text", ["", "3:3", "-1:2", "a", "1:b"])
+def test_seeds_that_name_nothing_are_refused(text):
+    with pytest.raises(UserError):
+        reproduce.seeds(text)
+    assert list(reproduce.seeds("2:4")) == [2, 3]
+
+
+def test_lowerings_are_compared_seed_by_seed():
+    runs = {
+        "lax": [run(0, 0.50), run(1, 0.60)],
+        "gemm": [run(0, 0.51), run(1, 0.60)],
+        "winograd": [run(0, 0.50), run(1, 0.60)],
+    }
+    found = lowerings.compare(runs)
+    assert found["lax"]["accuracy"]["mean"] == pytest.approx(55)
+    assert "difference" not in found["lax"]
+    assert found["gemm"]["difference"]["mean"] == pytest.approx(0.5)
+    assert found["gemm"]["z"] == pytest.approx(1.0)
+    assert found["winograd"]["difference"]["mean"] == 0
+    assert "+0.50 ± 0.50 (se) = 1.00 se" in lowerings.table(found)
+
+
+def test_reproduce_reads_back_runs_and_keeps_recipes_not_named(tmp_path, monkeypatch):
+    summary = {
+        "test_accuracy": 0.55, "test_loss": 1.2, "best_epoch": None, "seconds": {},
+        "per_class": [{"class": "cat", "accuracy": 0.5}, {"class": "dog", "accuracy": 0.6}],
+        "dataset": {"name": "cifar10"}, "versions": {}, "device": {}, "cpu": {}, "commit": "c",
+    }  # fmt: skip
+    asked = []
+    monkeypatch.setattr(reproduce.train, "main", lambda words: asked.append(words) or summary)
+    monkeypatch.setattr(reproduce, "RESULTS", tmp_path)
+    row = {"seed": 0, "test_accuracy": 0.5, "test_loss": 1.3, "per_class": [500, 500]}
+    rows = [row, row | {"seed": 1, "test_accuracy": 0.54}]
+    (tmp_path / "torch_tutorial.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    options = ["--runs", str(tmp_path / "runs"), "--out", str(tmp_path)]
+    reproduce.main(["--recipes", "deep", "--seeds", "0:2", *options])
+    found = reproduce.main(["--recipes", "tutorial", "--seeds", "0:2", *options])
+    assert [words[words.index("--seed") + 1] for words in asked] == ["0", "1", "0", "1"]
+    assert list(found) == ["tutorial", "deep"]
+    assert found["tutorial"]["difference"] == pytest.approx(3.0)
+    text = (tmp_path / "reproduce.md").read_text()
+    assert "55.00 ± 0.00 (n=2) | 52.00 ± 2.83 (n=2) | +3.00 = 1.50 se" in text
+    assert "| deep | 46.37 | 55.00 ± 0.00 (n=2) | not run |" in text
+    assert (tmp_path / "reproduce.png").stat().st_size > 1000
