@@ -47,10 +47,13 @@ CASE_SETS: dict[str, list[Case]] = {
         *map(parse, ("eval/tutorial:512", "eval/dropout:512", "eval/deep:512")),
     ],
     "full": [
-        *(Case("train", recipe, batch) for recipe in RECIPES for batch in BATCHES),
+        *(Case("train", recipe, batch) for recipe in ("tutorial", "adam", "dropout", "deep")
+          for batch in BATCHES),
         *(Case("eval", RECIPE, batch) for RECIPE in ("tutorial", "dropout", "deep")
           for batch in BATCHES),
+        parse("vgg16_finetune:128"),
     ],
+    "vgg16": [parse("vgg16_finetune:128"), parse("eval/vgg16_finetune:512")],
 }  # fmt: skip
 
 

@@ -7,7 +7,8 @@ Layer names are those of the write-ups (conv1, fc1, ...) and of torchvision (`fe
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
@@ -84,56 +85,86 @@ class DropoutCNN(nn.Module):
         return self.fc2(self.dropout(x))
 
 
-VGG16_WIDTHS = (64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "M")
-VGG16_WIDTHS += (512, 512, 512, "M")
+VGG11_LAYERS = (64, "M", 128, "M", 256, 256, "M", 512, 512, "M", 512, 512, "M")
+VGG16_LAYERS = (64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "M")
+VGG16_LAYERS += (512, 512, 512, "M")
 
 
-class VGG16(nn.Module):
-    """torchvision's VGG16 (configuration D): 134,301,514 parameters with 10 classes.
+def vgg_features(layers: tuple[int | str, ...], batch_norm: bool) -> nn.Sequential:
+    """torchvision's `features`: 3x3 convolutions (numbers: their channels) and "M" for pools."""
+    modules: list[nn.Module] = []
+    channels = 3
+    for layer in layers:
+        if layer == "M":
+            modules.append(nn.MaxPool2d(2))
+            continue
+        modules.append(nn.Conv2d(channels, layer, 3, padding=1))
+        modules += [nn.BatchNorm2d(layer), nn.ReLU()] if batch_norm else [nn.ReLU()]
+        channels = layer
+    return nn.Sequential(*modules)
 
-    Initialised as torchvision does: convolutions He normal by fan-out, linear weights
-    N(0, 0.01), biases 0.
-    """
 
-    def __init__(self, num_classes: int = 10, dropout_rate: float = 0.5):
+def vgg_initialise(model: nn.Module) -> None:
+    """torchvision's: convolutions He normal by fan-out, linear weights N(0, 0.01), biases 0."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, 0, 0.01)
+            nn.init.zeros_(module.bias)
+
+
+class VGG(nn.Module):
+    """torchvision's VGG, by default VGG16 (configuration D): 134,301,514 parameters with 10
+    classes."""
+
+    def __init__(
+        self,
+        num_classes: int = 10,
+        dropout_rate: float = 0.5,
+        layers: tuple[int | str, ...] = VGG16_LAYERS,
+        hidden: int = 4096,
+    ):
         super().__init__()
-        layers: list[nn.Module] = []
-        channels = 3
-        for width in VGG16_WIDTHS:
-            if width == "M":
-                layers.append(nn.MaxPool2d(2))
-            else:
-                layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU()]
-                channels = width
-        self.features = nn.Sequential(*layers)
+        self.features = vgg_features(layers, batch_norm=False)
         self.avgpool = nn.AdaptiveAvgPool2d(7)
         self.classifier = nn.Sequential(
-            nn.Linear(512 * 7 * 7, 4096),
+            nn.Linear(layers[-2] * 7 * 7, hidden),
             nn.ReLU(),
             nn.Dropout(dropout_rate),
-            nn.Linear(4096, 4096),
+            nn.Linear(hidden, hidden),
             nn.ReLU(),
             nn.Dropout(dropout_rate),
-            nn.Linear(4096, num_classes),
+            nn.Linear(hidden, num_classes),
         )
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-                nn.init.zeros_(module.bias)
-            elif isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, 0, 0.01)
-                nn.init.zeros_(module.bias)
+        vgg_initialise(self)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.avgpool(self.features(x))
         return self.classifier(torch.flatten(x, 1))
 
 
-MODELS: dict[str, type[nn.Module]] = {
+class VGGBatchNorm(nn.Module):
+    """torchvision's `features` with batch normalisation, and one linear layer."""
+
+    def __init__(self, num_classes: int = 10, layers: tuple[int | str, ...] = VGG16_LAYERS):
+        super().__init__()
+        self.features = vgg_features(layers, batch_norm=True)
+        self.classifier = nn.Linear(layers[-2], num_classes)
+        vgg_initialise(self)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.classifier(self.features(x).mean(dim=(2, 3)))
+
+
+MODELS: dict[str, Callable[..., nn.Module]] = {
     "tutorial_cnn": TutorialCNN,
     "deep_cnn": DeepCNN,
     "dropout_cnn": DropoutCNN,
-    "vgg16": VGG16,
+    "vgg16": VGG,
+    "vgg11_bn": functools.partial(VGGBatchNorm, layers=VGG11_LAYERS),
+    "vgg16_bn": functools.partial(VGGBatchNorm, layers=VGG16_LAYERS),
 }
 
 

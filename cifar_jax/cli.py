@@ -87,6 +87,7 @@ _HELP = {
     "ema_decay": "moving average of the weights, evaluated in their place; 0 is off",
     "select_best": "test the weights of the lowest validation loss",
     "log_every": "steps between two printed mean losses; 0 is once an epoch",
+    "fold": "vgg16: train the first linear layer folded where that is exact",
     "precision": "float32, or bfloat16 activations",
 }
 

@@ -16,7 +16,7 @@ import numpy as np
 from cifar_jax import checkpoints, feed, optimizers, parallel, report, steps
 from cifar_jax.datasets import Dataset, Split
 from cifar_jax.errors import UserError
-from cifar_jax.models import make_model
+from cifar_jax.models import model_of
 from cifar_jax.workdir import Config, read_config
 
 
@@ -70,7 +70,7 @@ def load(path: str | Path, which: str | int | None = None, *, lowering: str = "a
     recipe = config.recipe
     if which is None and asked == "latest" and recipe.select_best:
         asked = "best" if checkpoints.best_step(folder) is not None else "latest"
-    model = make_model(recipe.model, len(config.dataset["class_names"]), lowering=lowering)
+    model = model_of(recipe, len(config.dataset["class_names"]), lowering)
     abstract = abstract_payload(config, model)
     found = checkpoints.restore(folder, abstract, which=asked)
     state = jax.device_put(found.state["state"])

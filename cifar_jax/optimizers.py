@@ -7,6 +7,7 @@ import functools
 import jax
 import optax
 
+from cifar_jax.models import fold
 from cifar_jax.recipes import Recipe
 
 
@@ -55,17 +56,25 @@ def _schedule(recipe: Recipe, steps_per_epoch: int) -> optax.Schedule | float:
     return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), main], [warmup])
 
 
+_NOT_FOLDED = (
+    "--optimizer adam with --weight-decay cannot train the folded layer exactly: "
+    "use --optimizer adamw, or --no-fold"
+)
+
+
 def make_optimizer(recipe: Recipe, steps_per_epoch: int) -> optax.GradientTransformation:
     """Returns clip -> (coupled decay) -> rule -> (decoupled decay) -> -learning rate.
 
     SGD's momentum buffer and Adam's epsilon are PyTorch's: buf = mu * buf + g, and
-    m_hat / (sqrt(v_hat) + 1e-8).
+    m_hat / (sqrt(v_hat) + 1e-8). Parameters with a folded layer get the updates of the unfolded
+    one (`models/fold.py`); `init` raises `UserError` for Adam with coupled decay, which cannot.
     """
     parts = []
     if recipe.clip_norm:
-        parts.append(optax.clip_by_global_norm(recipe.clip_norm))
+        parts.append(fold.clip_by_global_norm(recipe.clip_norm))
     if recipe.weight_decay and recipe.optimizer != "adamw":
-        parts.append(optax.add_decayed_weights(recipe.weight_decay))
+        decay = optax.add_decayed_weights(recipe.weight_decay)
+        parts.append(fold.refuse(decay, _NOT_FOLDED) if recipe.optimizer == "adam" else decay)
     if recipe.optimizer in ("adam", "adamw"):
         parts.append(optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-8))
     elif recipe.momentum:

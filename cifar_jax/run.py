@@ -14,7 +14,7 @@ from cifar_jax import augment, feed, optimizers, parallel, steps
 from cifar_jax.clock import Clock
 from cifar_jax.datasets import Dataset
 from cifar_jax.errors import lookup
-from cifar_jax.models import make_model
+from cifar_jax.models import model_of
 from cifar_jax.workdir import Config
 
 
@@ -77,7 +77,7 @@ def make_run(config: Config, dataset: Dataset, options: Options, clock: Clock) -
     size = len(dataset.splits["train"].labels)
     training, validation = feed.split_indices(keys["split"], size, recipe.validation_fraction)
     feed.check_batch_size(recipe.batch_size, len(training))
-    model = make_model(recipe.model, len(dataset.class_names), lowering=options.lowering)
+    model = model_of(recipe, len(dataset.class_names), options.lowering)
     optimizer = optimizers.make_optimizer(recipe, config.steps_per_epoch)
     image_shape = dataset.splits["train"].images.shape[1:]
     prepare = steps.make_preprocess(recipe.normalize, recipe.augment, recipe.precision)

@@ -142,6 +142,8 @@ def train_step(
         # Under shard_map the gradient of a replicated value is summed over the axis already;
         # marked as varying it stays local, and the one psum below is right everywhere.
         params = lax.pcast(params, axis_name, to="varying")
+        if hasattr(model, "axis_name"):  # normalises over the batch
+            model = model.clone(axis_name=axis_name)
     images = preprocess(batch["image"], jax.random.fold_in(key, 1), first_example)
     mask = _mask(batch)
     count = mask.sum()
@@ -153,7 +155,7 @@ def train_step(
             {
                 "params": params,
                 "batch_stats": state.batch_stats,
-                "position": {"first_example": first_example},
+                "position": {"first_example": first_example, "mask": mask},
             },
             images,
             train=True,

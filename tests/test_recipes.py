@@ -58,6 +58,16 @@ PUBLISHED = {
         "epochs": 30,
         "select_best": True,
     },
+    "vgg16_finetune": {
+        "model": "vgg16",
+        "normalize": "half",
+        "validation_fraction": 0.2,
+        "optimizer": "adam",
+        "learning_rate": 0.001,
+        "batch_size": 128,
+        "epochs": 10,
+        "select_best": False,
+    },
 }
 # None of the write-ups uses any of these.
 OFF = {

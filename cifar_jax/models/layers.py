@@ -1,13 +1,18 @@
 """Layers the models are written in: PyTorch's initialisation, one set of parameters whatever
-the lowering of the convolution."""
+the lowering of the convolution.
+
+`kernel_init` and `bias_init` replace PyTorch's default initialisation.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from cifar_jax.models import blocked, lowering
 from cifar_jax.models.blocked import Blocked
@@ -28,6 +33,16 @@ def torch_uniform(fan_in: int):
     return init
 
 
+def kaiming_normal(key, shape, dtype=jnp.float32):
+    """Draws a kernel [k, k, C, F] from N(0, 2 / (k * k * F)).
+
+    It is `torch.nn.init.kaiming_normal_(mode="fan_out", nonlinearity="relu")`, after He et al.,
+    arXiv:1502.01852.
+    """
+    fan_out = shape[0] * shape[1] * shape[3]
+    return math.sqrt(2 / fan_out) * jax.random.normal(key, shape, dtype)
+
+
 def _channels(x: jax.Array | Blocked) -> int:
     return x.channels if isinstance(x, Blocked) else x.shape[-1]
 
@@ -45,13 +60,16 @@ class ConvRelu(nn.Module):
     padding: int = 0
     pool: bool = False
     lowering: str = "auto"
+    kernel_init: Callable | None = None
+    bias_init: Callable | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array | Blocked) -> jax.Array | Blocked:
         k, channels = self.kernel_size, _channels(x)
         init = torch_uniform(k * k * channels)
-        kernel = self.param("kernel", init, (k, k, channels, self.features))
-        bias = self.param("bias", init, (self.features,))
+        shape = (k, k, channels, self.features)
+        kernel = self.param("kernel", self.kernel_init or init, shape)
+        bias = self.param("bias", self.bias_init or init, (self.features,))
         return lowering.convolve(
             x, kernel, bias, padding=self.padding, pool=self.pool, lowering=self.lowering
         )
@@ -69,18 +87,83 @@ class Conv(nn.Module):
     padding: int = 0
     use_bias: bool = True
     lowering: str = "auto"
+    kernel_init: Callable | None = None
+    bias_init: Callable | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array | Blocked) -> jax.Array:
         k, channels = self.kernel_size, _channels(x)
         init = torch_uniform(k * k * channels)
-        kernel = self.param("kernel", init, (k, k, channels, self.features))
+        shape = (k, k, channels, self.features)
+        kernel = self.param("kernel", self.kernel_init or init, shape)
         x = lowering.convolve(x, kernel, padding=self.padding, lowering=self.lowering)
         x = lowering.to_images(x)
         if not self.use_bias:
             return x
-        bias = self.param("bias", init, (self.features,))
+        bias = self.param("bias", self.bias_init or init, (self.features,))
         return x + bias.astype(x.dtype).reshape(1, 1, 1, -1)
+
+
+def max_pool(x: jax.Array) -> jax.Array:
+    """2x2 max pool of stride 2 of [N, H, W, C]; an odd last row or column is dropped."""
+    return lax.reduce_window(x, -jnp.inf, lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
+
+
+class BatchNorm(nn.Module):
+    """Batch normalisation over images and pixels, as `torch.nn.BatchNorm2d` with its defaults.
+
+    Input and output [N, H, W, C]. In training the mean and the biased variance of the batch are
+    used, and the running ones move by `momentum` towards the mean and the unbiased variance;
+    otherwise the running ones are used. Statistics are float32 (or the input's wider type), over
+    the images that count: where the variables hold `{"position": {"mask": [N]}}` those of mask 0
+    are left out, and where no image counts the running statistics stay. Parameters: `scale` and
+    `bias` [C]; `batch_stats`: `mean` and `var` [C].
+
+    Attributes:
+      axis_name: under pmap or shard_map, the axis the batch is split over: statistics are then
+        those of the global batch. Under jit with shardings they are so by themselves.
+    """
+
+    momentum: float = 0.1
+    epsilon: float = 1e-5
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        shape = (x.shape[-1],)
+        scale = self.param("scale", nn.initializers.ones, shape)
+        bias = self.param("bias", nn.initializers.zeros, shape)
+        running_mean = self.variable("batch_stats", "mean", jnp.zeros, shape, scale.dtype)
+        running_var = self.variable("batch_stats", "var", jnp.ones, shape, scale.dtype)
+        wide = x.astype(scale.dtype)
+        if train:
+            mean, var, count = self._statistics(wide)
+            if not self.is_initializing():
+                unbiased = var * (count / jnp.maximum(count - 1, 1))
+                rate = jnp.where(count > 0, self.momentum, 0.0).astype(var.dtype)
+                running_mean.value += rate * (mean - running_mean.value)
+                running_var.value += rate * (unbiased - running_var.value)
+        else:
+            mean, var = running_mean.value, running_var.value
+        factor = scale * lax.rsqrt(var + self.epsilon)
+        shift = bias - mean * factor
+        return (wide * factor.reshape(1, 1, 1, -1) + shift.reshape(1, 1, 1, -1)).astype(x.dtype)
+
+    def _statistics(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Mean and biased variance [C] over the images that count, and how many pixels did."""
+        mask = self.scope.root.get_variable("position", "mask", None)
+        pixels = x.shape[1] * x.shape[2]
+        weight = jnp.ones(x.shape[:1], x.dtype) if mask is None else mask.astype(x.dtype)
+        count = self._sum(weight.sum()) * pixels
+        weight = weight.reshape(-1, 1, 1, 1)
+        least = jnp.maximum(count, 1)
+        mean = self._sum((x * weight).sum(axis=(0, 1, 2))) / least
+        deviation = x - mean.reshape(1, 1, 1, -1)
+        var = self._sum((deviation * deviation * weight).sum(axis=(0, 1, 2))) / least
+        return mean, var, count
+
+    def _sum(self, x: jax.Array) -> jax.Array:
+        return x if self.axis_name is None else lax.psum(x, self.axis_name)
 
 
 class Flatten(nn.Module):
@@ -95,12 +178,14 @@ class Dense(nn.Module):
     """x @ kernel + bias: [N, D] -> [N, features]."""
 
     features: int
+    kernel_init: Callable | None = None
+    bias_init: Callable | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         init = torch_uniform(x.shape[-1])
-        kernel = self.param("kernel", init, (x.shape[-1], self.features))
-        bias = self.param("bias", init, (self.features,))
+        kernel = self.param("kernel", self.kernel_init or init, (x.shape[-1], self.features))
+        bias = self.param("bias", self.bias_init or init, (self.features,))
         return x @ kernel.astype(x.dtype) + bias.astype(x.dtype).reshape(1, -1)
 
 
