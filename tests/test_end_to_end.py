@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from benchmarks import cases, end_to_end, roofline
+from benchmarks import cases, conv_shapes, end_to_end, roofline
 from cifar_jax.errors import UserError
 from cifar_jax.report import epoch_line
 
@@ -87,3 +87,15 @@ def test_least_work_of_a_step_by_hand():
     pooled = 14 * 14 * 6 + 5 * 5 * 16 + 120 + 84 + 10
     low, high = (4 * (3 * 4 * n + 8 * 62006) + 4 * 3072 for n in (pooled, outputs))
     assert low <= found["bytes"] <= high
+
+
+def test_a_convolutions_forms_are_timed_and_the_fastest_marked():
+    row = conv_shapes.measure((3, 3, 4, 8, 1, True), 2, rounds=1, seconds=0.001)
+    assert set(row["milliseconds"]) == set(conv_shapes.FORMS)
+    assert all(value > 0 for value in row["milliseconds"].values())
+    row["milliseconds"] = {"lax": 2.0, "gemm": 1.0, "winograd": 3.0}
+    machine = {"cpu": "a chip", "cores": 2}
+    text = conv_shapes.table(
+        {"machine": machine, "commit": "c", "date": "2026-01-01", "rows": [row]}
+    )
+    assert "| 3x3, 3 to 4, 8x8, padded, pool | 2 | 2 | **1** | 3 | gemm |" in text
