@@ -152,13 +152,23 @@ def start_device(options: argparse.Namespace) -> None:
     parallel.enable_compilation_cache()
 
 
-def checkpoint_name(text: str | None) -> str | int | None:
-    """Parses `--checkpoint`: best, latest, a step, or None. Raises `UserError`."""
+def stay_on_cpu() -> None:
+    """Keeps JAX off the accelerators, in a command that only moves weights: one may be training.
+
+    Call it before anything runs on a device.
+    """
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")
+
+
+def checkpoint_name(text: str | None, option: str = "--checkpoint") -> str | int | None:
+    """Parses best, latest, a step, or None. Raises `UserError`, naming the option."""
     if text is None or text in ("best", "latest"):
         return text
     if text.isdigit():
         return int(text)
-    raise UserError(f"--checkpoint must be best, latest or a step, got {text!r}")
+    raise UserError(f"{option} must be best, latest or a step, got {text!r}")
 
 
 def load_data(options: argparse.Namespace, name: str, splits: Sequence[str] = ("train", "test")):

@@ -58,6 +58,11 @@ class Run:
     def parameters(self) -> int:
         return sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(self.create).params))
 
+    def start_from(self, variables: dict, record: dict) -> None:
+        """Starts from these variables in place of drawn ones (`initial.Initial`)."""
+        self.config = dataclasses.replace(self.config, init_from=record)
+        self.create = functools.partial(self.create, initial=variables)
+
     @property
     def steps_per_epoch(self) -> int:
         return self.config.steps_per_epoch

@@ -52,6 +52,7 @@ def create_state(
     *,
     image_shape: tuple[int, int, int] = (32, 32, 3),
     ema: bool = False,
+    initial: dict | None = None,
 ) -> TrainState:
     """Returns the state before the first step.
 
@@ -59,14 +60,17 @@ def create_state(
       key: typed PRNG key; it seeds the weights and every later draw.
       image_shape: (H, W, C) of the images the model will see.
       ema: whether to keep a moving average of the weights.
+      initial: variables {"params": {layer: ...}, "batch_stats"} that replace drawn ones; a layer
+        that is not in it is drawn.
     """
     init_key, run_key = jax.random.split(key)
     variables = model.init(init_key, jnp.zeros((1, *image_shape), jnp.float32))
-    params = variables["params"]
+    given = initial or {}
+    params = {**variables["params"], **given.get("params", {})}
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
-        batch_stats=variables.get("batch_stats", {}),
+        batch_stats={**variables.get("batch_stats", {}), **given.get("batch_stats", {})},
         opt_state=optimizer.init(params),
         key=run_key,
         ema_params=jax.tree.map(jnp.copy, params) if ema else None,

@@ -20,6 +20,11 @@ def make_parser() -> cli.Parser:
     parser.add_argument("--workdir", help="run directory; resumes by itself (default: runs/...)")
     parser.add_argument("--overwrite", action="store_true", help="start anew in a used workdir")
     parser.add_argument(
+        "--init-from",
+        metavar="FILE|WORKDIR",
+        help="start from these weights: .safetensors, .pth, .pt, or another run's",
+    )
+    parser.add_argument(
         "--save-minutes", type=float, default=5.0, help="between two saves inside an epoch"
     )
     parser.add_argument("--feed", default="resident", help="resident (on the device) or stream")
@@ -82,7 +87,7 @@ def main(arguments: Sequence[str] | None = None, say=print) -> dict:
         raise UserError(f"--save-minutes must be above 0, got {options.save_minutes:g}")
     cli.start_device(options)
 
-    from cifar_jax import finish, training
+    from cifar_jax import finish, initial, training
     from cifar_jax.clock import Clock
     from cifar_jax.run import Options, make_run
     from cifar_jax.workdir import Config, describe_data, open_workdir
@@ -101,7 +106,11 @@ def main(arguments: Sequence[str] | None = None, say=print) -> dict:
     )
     run = make_run(config, dataset, run_options, clock)
     opening = finish.opening_lines(run, workdir)  # before there is a directory: it may refuse
-    with open_workdir(workdir, config, overwrite=options.overwrite) as resume:
+    if options.init_from:
+        start = initial.load(options.init_from, run.model, tuple(config.dataset["image_shape"]))
+        run.start_from(start.variables, start.record)
+        opening += [*start.notices, ""]
+    with open_workdir(workdir, run.config, overwrite=options.overwrite) as resume:
         summary = _complete(workdir, say) if resume else None
         if summary is not None:
             return summary

@@ -35,12 +35,15 @@ class Config:
       seed: of weights, split, order, dropout and augmentation.
       dataset: `name`, `version`, `fingerprint`, `class_names`, `image_shape` and `sizes` (images
         by split) of the data.
+      init_from: of the weights it starts from where they are not drawn (`initial.Initial`):
+        `source`, `sha256`, `redrawn`; else None. Their content counts, not where they lay.
     """
 
     recipe_name: str
     recipe: Recipe
     seed: int
     dataset: dict
+    init_from: dict | None = None
 
     @property
     def training_images(self) -> int:
@@ -60,6 +63,7 @@ class Config:
             "recipe": self.recipe.to_dict(),
             "seed": self.seed,
             "dataset": self.dataset,
+            **({"init_from": self.init_from} if self.init_from else {}),
         }
 
 
@@ -89,6 +93,8 @@ def read_config(path: Path) -> Config:
             raise UserError(f"{file} has format {values['format']}, this version reads {FORMAT}")
         recipe = Recipe.from_dict(values["recipe"])
         config = Config(values["recipe_name"], recipe, values["seed"], values["dataset"])
+        config = dataclasses.replace(config, init_from=values.get("init_from"))
+        _check_init(config.init_from)
         _check_data(config.dataset)
         return config
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -106,6 +112,16 @@ def _check_data(data: dict) -> None:
         raise ValueError("name")
 
 
+def _check_init(init: dict | None) -> None:
+    """Raises ValueError where `init` is not what `initial.load` records."""
+    if init is not None and not all(isinstance(init[n], str) for n in ("source", "sha256")):
+        raise ValueError("init_from")
+
+
+def _shown_init(init: dict | None) -> str:
+    return f"{init['source']} (sha256 {init['sha256'][:12]})" if init else "none"
+
+
 def differences(old: Config, new: Config) -> list[str]:
     """Returns one `name: old -> new` for each setting in which two runs differ."""
     found = []
@@ -116,6 +132,10 @@ def differences(old: Config, new: Config) -> list[str]:
             if a != b:
                 shown = f"{a} -> {b}" if len(f"{a}{b}") < 120 else "differs"
                 found.append(f"{'data set ' if group == 'dataset' else ''}{name}: {shown}")
+    was, now = old.init_from or {}, new.init_from or {}
+    if was.get("sha256") != now.get("sha256"):
+        shown = f"{_shown_init(old.init_from)} -> {_shown_init(new.init_from)}"
+        found.append(f"init_from: {shown}")
     if old.seed != new.seed:
         found.append(f"seed: {old.seed} -> {new.seed}")
     return found

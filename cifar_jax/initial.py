@@ -1,0 +1,123 @@
+"""Weights a run starts from (`--init-from`), out of a file or of another run."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cifar_jax import weight_files
+from cifar_jax.errors import UserError
+from cifar_jax.torch_weights import (
+    last_layer,
+    misfits,
+    to_torch,
+    torch_name,
+    torch_shapes,
+    variables_from_torch,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Initial:
+    """Weights to start from.
+
+    Attributes:
+      variables: {"params", "batch_stats"}, float32; a layer that is not in it is drawn anew.
+      record: for config.json: `source`, `sha256` of what was read (`weight_files.content_hash`)
+        and `redrawn`, the layers drawn anew.
+      notices: lines to print before the run.
+    """
+
+    variables: dict[str, dict]
+    record: dict
+    notices: list[str]
+
+
+def read(source: str | os.PathLike, which: str | int | None = None) -> weight_files.Weights:
+    """Reads a PyTorch state dict from a file of weights or from a run.
+
+    Args:
+      source: a file (`weight_files`), a run directory, its checkpoints or one of them.
+      which: checkpoint of a run: `best`, `latest`, a step, or what the recipe would test.
+
+    Raises:
+      UserError: it is neither, or cannot be read.
+    """
+    if Path(source).is_dir():
+        return of_run(source, which)[1]
+    if which is not None:
+        raise UserError(f"{source} is no run directory, so there is no {which} checkpoint in it")
+    return weight_files.read(source)
+
+
+def of_run(source: str | os.PathLike, which: str | int | None = None):
+    """Returns (`inference.Trained`, its weights as `weight_files.Weights`) of a run."""
+    from cifar_jax import inference
+
+    trained = inference.load(source, which)
+    state = to_torch(**trained.variables)
+    return trained, weight_files.Weights(state, list(trained.notices), {})
+
+
+def load(
+    source: str | os.PathLike, model: nn.Module, image_shape: tuple[int, int, int]
+) -> Initial:
+    """Reads weights for a model that may have another number of classes.
+
+    Args:
+      source: see `read`; of a run, what its recipe would test.
+      image_shape: (H, W, C) of the images the model will see.
+
+    Raises:
+      UserError: it cannot be read or does not fit.
+    """
+    weights = read(source)
+    images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    variables = jax.eval_shape(model.init, jax.random.key(0), images)
+    notices = list(weights.notices)
+    try:
+        state, variables, redrawn = _without_other_head(weights.state, variables)
+        found = variables_from_torch(state, variables)
+    except UserError as error:
+        raise UserError(f"--init-from {source}: {error}") from None
+    digest = weight_files.content_hash(weights.state)
+    notices.insert(0, f"Weights    from {source} (sha256 {digest[:12]})")
+    if redrawn:
+        name, had, has = redrawn
+        notices.append(
+            f"notice: {source} has {had} classes, this data set {has}: {name} is drawn anew"
+        )
+    record = {
+        "source": str(source),
+        "sha256": digest,
+        "redrawn": [redrawn[0]] if redrawn else [],
+    }
+    return Initial(found, record, notices)
+
+
+def _without_other_head(state: Mapping[str, np.ndarray], variables: Mapping[str, Mapping]):
+    """Takes the last layer out of both where it differs in the number of classes alone.
+
+    Returns:
+      state, variables, and None or (layer, classes in the state, classes of the model).
+    """
+    params, stats = variables["params"], variables.get("batch_stats", {})
+    wanted = torch_shapes(params, stats)
+    head = last_layer(params)
+    weight, bias = f"{torch_name(head)}.weight", f"{torch_name(head)}.bias"
+    if weight not in state or bias not in state:
+        return state, variables, None
+    had, has = np.shape(state[weight]), wanted[weight]
+    same = len(had) == 2 and had[1] == has[1] and np.shape(state[bias]) == had[:1]
+    if not same or had[0] == has[0] or len(misfits(state, wanted)) != 2:
+        return state, variables, None
+    state = {name: value for name, value in state.items() if name not in (weight, bias)}
+    params = {name: value for name, value in params.items() if name != head}
+    return state, {"params": params, "batch_stats": stats}, (head, had[0], has[0])

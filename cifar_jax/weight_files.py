@@ -1,0 +1,286 @@
+"""Files of weights: `.safetensors` without PyTorch, `.pth` and `.pt` through it (an extra).
+
+A file holds a PyTorch state dict (`torch_weights.py`). What is read comes out as float32, and
+nothing in a file is ever run: a pickle that asks for anything but tensors is refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import os
+import re
+import tempfile
+import warnings
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cifar_jax.errors import UserError
+from cifar_jax.torch_weights import unwrap
+
+TORCH_ENDINGS = (".pth", ".pt")
+ENDINGS = (".safetensors", *TORCH_ENDINGS)
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """A state dict out of a file.
+
+    Attributes:
+      state: arrays by PyTorch's names; all floats are float32.
+      notices: one line for each thing that was changed on the way.
+      metadata: the texts a `.safetensors` file carries.
+    """
+
+    state: dict[str, np.ndarray]
+    notices: list[str]
+    metadata: dict[str, str]
+
+
+def check_ending(path: str | os.PathLike) -> str:
+    """Returns the lower-case ending of a weight file's name. Raises `UserError`."""
+    ending = Path(path).suffix.lower()
+    if ending not in ENDINGS:
+        raise UserError(f"{path}: a file of weights ends in {', '.join(ENDINGS)}")
+    return ending
+
+
+def read(path: str | os.PathLike) -> Weights:
+    """Reads a file of weights.
+
+    Raises:
+      UserError: no such file, another kind of file, a damaged one, one that holds more than
+        weights, or PyTorch is needed and not installed.
+    """
+    path = Path(path)
+    ending = check_ending(path)
+    try:
+        if not path.exists():
+            raise UserError(f"no such file of weights: {path}")
+        if path.is_dir():
+            raise UserError(f"{path} is a directory, not a file of weights")
+        if path.stat().st_size == 0:
+            raise UserError(f"{path} is empty")
+        reader = _read_safetensors if ending == ".safetensors" else _read_torch
+        found, metadata = reader(path)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+    try:
+        state, notices = _float32(unwrap(found))
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    return Weights(state, [f"{path}: {line}" for line in notices], metadata)
+
+
+def write(
+    path: str | os.PathLike,
+    state: Mapping[str, np.ndarray],
+    metadata: Mapping[str, str] | None = None,
+    *,
+    overwrite: bool = False,
+) -> None:
+    """Writes a state dict; a reader sees no file, or the whole of it.
+
+    Args:
+      metadata: texts to put into a `.safetensors` file; other formats hold none.
+      overwrite: whether a file of that name may be replaced.
+
+    Raises:
+      UserError: another ending, the file is there, it cannot be written, or PyTorch is needed
+        and not installed.
+    """
+    ending = check_ending(path)
+    writer = _write_safetensors if ending == ".safetensors" else _write_torch
+    with replacing(path, overwrite=overwrite) as temporary:
+        writer(temporary, state, dict(metadata or {}))
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike, *, overwrite: bool = False):
+    """Yields the path of a temporary file beside `path`, renamed to it when all went well.
+
+    Raises:
+      UserError: `path` is a directory, is there and may not be overwritten, or cannot be
+        written.
+    """
+    path = Path(path)
+    check_target(path, overwrite)
+    temporary = None
+    try:
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        os.close(handle)
+        yield Path(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
+    finally:
+        if temporary is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+
+
+def check_target(path: str | os.PathLike, overwrite: bool) -> None:
+    """Raises `UserError` where a file may not be written at `path`."""
+    path = Path(path)
+    try:
+        if path.is_dir():
+            raise UserError(f"{path} is a directory; name a file")
+        there = path.exists()
+        has_folder = path.parent.is_dir()
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from None
+    if there and not overwrite:
+        raise UserError(f"{path} is there already; give --overwrite to replace it")
+    if not has_folder:
+        raise UserError(f"cannot write {path}: there is no directory {path.parent}")
+
+
+def content_hash(state: Mapping[str, np.ndarray]) -> str:
+    """Returns the SHA-256 of a state dict's names, shapes, dtypes and values, whatever file or
+    order they were in."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        value = np.asarray(state[name], order="C")
+        digest.update(f"{name} {value.dtype.str} {list(value.shape)}\n".encode())
+        digest.update(value.data)
+    return digest.hexdigest()
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _float32(state: Mapping[str, Any]) -> tuple[dict[str, np.ndarray], list[str]]:
+    """Returns (the state dict with its floats as float32, what was said of it)."""
+    result, changed = {}, {}
+    for name, value in state.items():
+        if not hasattr(value, "shape"):
+            raise UserError(f"the entry {name!r} is no array but {type(value).__name__}")
+        value = np.asarray(value)
+        if value.dtype != np.float32 and value.dtype.kind not in "iub":
+            if value.dtype.kind not in "fV":
+                raise UserError(f"the entry {name!r} holds {value.dtype} numbers")
+            changed.setdefault(str(value.dtype), []).append(name)
+            value = value.astype(np.float32)
+        result[name] = value
+    notices = [
+        f"{len(names)} of {len(state)} entries are {kind} and were converted to float32"
+        for kind, names in changed.items()
+    ]
+    return result, notices
+
+
+def _read_safetensors(path: Path):
+    import safetensors
+
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+            return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
+    except safetensors.SafetensorError as error:
+        raise UserError(f"{path} is damaged or no safetensors file ({_short(error)})") from None
+    except (AttributeError, TypeError, KeyError) as error:
+        raise UserError(f"{path} holds a dtype that NumPy has not ({_short(error)})") from None
+
+
+def _write_safetensors(path: Path, state: Mapping[str, np.ndarray], metadata: dict[str, str]):
+    import safetensors
+    import safetensors.numpy
+
+    arrays = {name: np.asarray(value, order="C") for name, value in state.items()}
+    try:
+        # "pt" is what other readers want to see before they load it into PyTorch.
+        safetensors.numpy.save_file(arrays, path, metadata={"format": "pt", **metadata})
+    except safetensors.SafetensorError as error:
+        raise OSError(_short(error)) from None
+
+
+def _torch(path: Path):
+    try:
+        import torch
+    except ImportError:
+        raise UserError(
+            f"{path.name} is PyTorch's own format, which needs the extra `torch` "
+            "(pip install '.[torch]'); .safetensors needs nothing"
+        ) from None
+    return torch
+
+
+def _read_torch(path: Path):
+    torch = _torch(path)
+    import pickle
+
+    damaged = f"{path} is damaged or no PyTorch file"
+    with open(path, "rb") as file:
+        is_pickle = file.read(1) == b"\x80"
+    is_zip = zipfile.is_zipfile(path)
+    try:
+        if is_zip:
+            with zipfile.ZipFile(path) as archive:  # PyTorch itself checks no digest
+                wrong = archive.testzip()
+            if wrong:
+                raise UserError(f"{damaged} (checksum of {wrong})")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if not (is_zip or is_pickle):
+            raise UserError(damaged) from None
+        wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
+        asks = f"it wants to run {wanted.group(1)}" if wanted else "it is a program"
+        raise UserError(
+            f"{path} holds more than weights ({asks}) and was not opened; from where it was made, "
+            "save the weights alone: torch.save(model.state_dict(), FILE)"
+        ) from None
+    except OSError:
+        raise
+    except UserError:
+        raise
+    except Exception as error:  # damage makes it raise nearly anything
+        if "TorchScript" in str(error):
+            raise UserError(
+                f"{path} is a TorchScript program, not weights; save the weights alone: "
+                "torch.save(model.state_dict(), FILE)"
+            ) from None
+        raise UserError(f"{damaged} ({_short(error)})") from None
+    return _to_numpy(found, torch), {}
+
+
+def _to_numpy(found: Any, torch: Any) -> Any:
+    """Replaces every tensor in nested dicts by an array; bfloat16 keeps its name in the dtype."""
+    if isinstance(found, Mapping):
+        return {name: _to_numpy(value, torch) for name, value in found.items()}
+    if not isinstance(found, torch.Tensor):
+        return found
+    found = found.detach()
+    if found.is_sparse or found.is_quantized:
+        raise UserError("it holds sparse or quantized tensors; save dense ones")
+    if found.dtype == torch.bfloat16:
+        import ml_dtypes
+
+        return found.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return found.numpy()
+
+
+def _write_torch(path: Path, state: Mapping[str, np.ndarray], metadata: dict[str, str]):
+    torch = _torch(path)
+    tensors = {name: torch.tensor(value) for name, value in state.items()}
+    try:
+        torch.save(tensors, path)
+    except RuntimeError as error:  # a full disk, for one
+        raise OSError(_short(error)) from None
+
+
+def _short(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return (text or type(error).__name__)[:120]
