@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -131,7 +132,8 @@ def _lax(x, kernel, bias, padding, pool):
     y = jax.nn.relu(y + bias.astype(x.dtype).reshape(1, 1, 1, -1))
     if not pool:
         return y
-    return lax.reduce_window(y, -jnp.inf, lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
+    # Flax's name for it, by keyword: jax2onnx (`export.py`) gets a bare `reduce_window` wrong.
+    return nn.max_pool(y, window_shape=(2, 2), strides=(2, 2))
 
 
 def _blocks(x, kernel, bias, padding, pool, form, block):
