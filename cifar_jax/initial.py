@@ -66,9 +66,7 @@ def of_run(source: str | os.PathLike, which: str | int | None = None):
     return trained, weight_files.Weights(state, list(trained.notices), {})
 
 
-def load(
-    source: str | os.PathLike, model: nn.Module, image_shape: tuple[int, int, int]
-) -> Initial:
+def load(source: str | os.PathLike, model: nn.Module, image_shape: tuple[int, int, int]) -> Initial:
     """Reads weights for a model that may have another number of classes.
 
     Args:

@@ -49,10 +49,11 @@ class Run:
     training: np.ndarray
     validation: np.ndarray
     keys: dict[str, jax.Array]
-    create: Callable[[], steps.TrainState]
+    create: Callable[..., steps.TrainState]
     train_many: Callable
     evaluate: Callable
     predict: Callable
+    initial: dict | None = None
 
     @property
     def parameters(self) -> int:
@@ -61,7 +62,7 @@ class Run:
     def start_from(self, variables: dict, record: dict) -> None:
         """Starts from these variables in place of drawn ones (`initial.Initial`)."""
         self.config = dataclasses.replace(self.config, init_from=record)
-        self.create = functools.partial(self.create, initial=variables)
+        self.initial = variables
 
     @property
     def steps_per_epoch(self) -> int:

@@ -153,7 +153,9 @@ def misfits(state: Mapping[str, Any], wanted: Mapping[str, tuple[int, ...]]) -> 
         if name.endswith(".running_mean")
     }
     problems = [
-        f"{name} is missing (shape {list(shape)})" for name, shape in wanted.items() if name not in state
+        f"{name} is missing (shape {list(shape)})"
+        for name, shape in wanted.items()
+        if name not in state
     ]
     problems += [
         f"{name} is not of this model (shape {list(np.shape(value))})"

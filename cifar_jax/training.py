@@ -144,7 +144,7 @@ def _begin(run: Run, checkpoints: Checkpoints, log: MetricsLog, say: Print, resu
     if resume:
         say("No checkpoint was saved before: starting from the first step")
     log.truncate(0)
-    state = run.create()
+    state = run.create(initial=run.initial)
     say(check_first_forward(run, state))
     return Position(1, 0, state, parallel.empty_record(run.steps_per_epoch), {})
 

@@ -187,7 +187,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
         weight_files.write(path, state_of())
         with monkeypatch.context() as patch:
             patch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space")))
-            with pytest.raises(UserError, match="cannot write .*No space"):
+            with pytest.raises(UserError, match=r"cannot write .*No space"):
                 weight_files.write(path, state_of(1), overwrite=True)
         assert_same_state(weight_files.read(path).state, state_of())
     assert len(list(tmp_path.iterdir())) == 2
