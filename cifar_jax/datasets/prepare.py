@@ -13,8 +13,8 @@ from pathlib import Path
 from cifar_jax.datasets import BUILT_IN, locate
 from cifar_jax.datasets.archives import ARCHIVES, Arrays, read_archive
 from cifar_jax.datasets.cache import locked, notice
-from cifar_jax.datasets.download import Unreachable
-from cifar_jax.datasets.download import download as fetch
+from cifar_jax.download import Unreachable
+from cifar_jax.download import download as fetch
 from cifar_jax.errors import UserError, lookup
 
 
@@ -84,6 +84,7 @@ def _archive(name, root, archive, may_download, url, progress) -> Path:
             root / "downloads" / spec.url.rsplit("/", 1)[1],
             size=spec.size,
             sha256=spec.sha256,
+            remedy="use --archive or another --data-dir",
             progress=progress,
         )
     except Unreachable as error:

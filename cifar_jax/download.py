@@ -24,8 +24,9 @@ def download(
     url: str,
     path: Path,
     *,
-    size: int,
+    size: int | None,
     sha256: str,
+    remedy: str,
     progress: bool = True,
     probe_seconds: float = 8.0,
     stall_seconds: float = 60.0,
@@ -39,8 +40,9 @@ def download(
 
     Args:
       url: http or https.
-      size: the file's length in bytes.
-      sha256: its digest in hexadecimal.
+      size: the file's length in bytes, None to take what the server says.
+      sha256: its digest in hexadecimal, or the beginning of it.
+      remedy: what else the user may do, to end the messages with: `use --archive`.
       probe_seconds: how long the first answer may take, name look-up included.
       stall_seconds: how long the connection may stay silent later on.
       attempts: connections in a row that may bring nothing before it gives up.
@@ -57,32 +59,36 @@ def download(
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
-            if path.stat().st_size == size and _digest(path) == sha256:
+            if size in (None, path.stat().st_size) and matches(path, sha256):
                 return path
             path.unlink()
+        if size is None:
+            size = _remote_size(url, probe_seconds, remedy)
         if part.exists() and part.stat().st_size > size:
             part.unlink()
-        response = _probe(url, _offset(part), probe_seconds)
-        _receive(url, response, part, size, progress, stall_seconds, attempts, backoff_seconds)
-        if _digest(part) != sha256:
+        if _offset(part) < size:
+            response = _probe(url, _offset(part), probe_seconds)
+            limits = stall_seconds, attempts, backoff_seconds
+            _receive(url, response, part, size, progress, limits, remedy)
+        if not matches(part, sha256):
             part.unlink()
             raise UserError(
                 f"{url} has another hash than expected (sha256 {sha256[:12]}...): the file was "
-                "altered or damaged on the way and has been removed; try again or use --archive"
+                f"altered or damaged on the way and has been removed; try again or {remedy}"
             )
         os.replace(part, path)
     except OSError as error:
         raise UserError(
-            f"cannot store {path}: {error.strerror or error}; free some space or use another "
-            "--data-dir"
+            f"cannot store {path}: {error.strerror or error}; free some space or {remedy}"
         ) from error
     return path
 
 
-def _receive(url, response, part, size, progress, stall_seconds, attempts, backoff_seconds):
+def _receive(url, response, part, size, progress, limits, remedy):
     """Appends to `part` until it holds `size` bytes."""
     from tqdm import tqdm
 
+    stall_seconds, attempts, backoff_seconds = limits
     failures, reason = 0, "the connection closed early"
     bar = tqdm(
         total=size, initial=_offset(part), unit="B", unit_scale=True, unit_divisor=1024,
@@ -99,17 +105,17 @@ def _receive(url, response, part, size, progress, stall_seconds, attempts, backo
                 except (OSError, http.client.HTTPException) as error:
                     reason = _reason(error)
             if response is not None:
-                reason = _append(url, response, part, size, bar) or reason
+                reason = _append(url, response, part, size, bar, remedy) or reason
                 response = None
             failures = 0 if _offset(part) > before else failures + 1
             if failures >= attempts:
                 raise UserError(
                     f"the download of {url} broke off at {_offset(part):,} of {size:,} bytes "
-                    f"({reason}); run the same command to continue it, or use --archive"
+                    f"({reason}); run the same command to continue it, or {remedy}"
                 )
 
 
-def _append(url, response, part, size, bar) -> str:
+def _append(url, response, part, size, bar, remedy) -> str:
     """Copies a response to `part`; returns why it ended early, or ""."""
     with response:
         resumed = response.status == 206
@@ -118,10 +124,10 @@ def _append(url, response, part, size, bar) -> str:
         if total is not None and total != size:
             raise UserError(
                 f"{url} has another size than expected ({total:,} bytes, not {size:,}): it is not "
-                "the archive; use --archive or another address"
+                f"the file; {remedy}"
             )
         if resumed and not response.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
-            raise UserError(f"{url} answers another part than asked for; use --archive")
+            raise UserError(f"{url} answers another part than asked for; {remedy}")
         # A server that knows no ranges sends the file from its start.
         with open(part, "ab" if resumed else "wb") as file:
             bar.n = start
@@ -145,6 +151,14 @@ def _total(response, start: int) -> int | None:
         return int(total)
     length = response.headers.get("Content-Length", "")
     return start + int(length) if length.isdigit() else None
+
+
+def _remote_size(url: str, seconds: float, remedy: str) -> int:
+    with _probe(url, 0, seconds) as response:
+        size = _total(response, 0)
+    if size is None:
+        raise UserError(f"{url} does not say how large the file is; {remedy}")
+    return size
 
 
 def _open(url: str, start: int, seconds: float):
@@ -184,6 +198,7 @@ def _offset(part: Path) -> int:
     return part.stat().st_size if part.exists() else 0
 
 
-def _digest(path: Path) -> str:
+def matches(path: Path, sha256: str) -> bool:
+    """Returns whether the file's SHA-256 digest begins with the hexadecimal `sha256`."""
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest().startswith(sha256)

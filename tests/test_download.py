@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from cifar_jax.datasets.download import Unreachable, download
+from cifar_jax.download import Unreachable, download
 from cifar_jax.errors import UserError
 
 CONTENT = bytes(range(256)) * 4000  # 1,024,000 bytes
@@ -57,8 +57,11 @@ def server():
         thread.join()
 
 
+QUIET = {"progress": False, "remedy": "use --archive", "backoff_seconds": 0.001}
+
+
 def fetch(server, path, **changes):
-    options = {"size": len(CONTENT), "sha256": SHA256, "progress": False, "backoff_seconds": 0.001}
+    options = {"size": len(CONTENT), "sha256": SHA256, **QUIET}
     return download(server.url, path, **options | changes)
 
 
@@ -114,6 +117,20 @@ def test_another_size_is_refused(server, tmp_path, size):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_size_may_come_from_the_server_and_the_hash_be_a_beginning(server, tmp_path):
+    server.portion = 600_000
+    fetch(server, tmp_path / "file", size=None, sha256=SHA256[:8])
+    assert (tmp_path / "file").read_bytes() == CONTENT
+    assert server.ranges == [None, None, "bytes=600000-"]
+
+
+def test_a_whole_part_left_by_a_killed_process_is_taken(server, tmp_path):
+    (tmp_path / "file.part").write_bytes(CONTENT)
+    fetch(server, tmp_path / "file")
+    assert server.ranges == []
+    assert (tmp_path / "file").read_bytes() == CONTENT
+
+
 def test_an_answer_of_not_found_is_unreachable_at_once(server, tmp_path):
     server.status = 404
     with pytest.raises(Unreachable, match=r"404"):
@@ -132,9 +149,9 @@ def test_a_closed_port_is_unreachable(server, tmp_path):
     with http.server.HTTPServer(("127.0.0.1", 0), Handler) as closed:
         port = closed.server_port
     with pytest.raises(Unreachable, match=r"refused"):
-        download(f"http://127.0.0.1:{port}/x", tmp_path / "file", size=1, sha256="", progress=False)
+        download(f"http://127.0.0.1:{port}/x", tmp_path / "file", size=1, sha256="0", **QUIET)
 
 
 def test_only_web_addresses_are_taken(tmp_path):
     with pytest.raises(UserError, match=r"http"):
-        download("file:///etc/hostname", tmp_path / "file", size=1, sha256="", progress=False)
+        download("file:///etc/hostname", tmp_path / "file", size=1, sha256="0", **QUIET)
