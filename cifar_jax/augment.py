@@ -1,4 +1,4 @@
-"""Image transforms inside the step: normalisation and random augmentation.
+"""Image transforms inside the step: normalisation, random augmentation, resizing.
 
 All are pure and jittable, [N, H, W, C] in and out. Augmentations draw from one key an image,
 `fold_in(key, global index in the batch)`, so a shard of a batch sees what the whole would.
@@ -40,6 +40,17 @@ def normalize(images: jax.Array, name: str = "half", dtype=jnp.float32) -> jax.A
         shape = (1,) * (x.ndim - 1) + (3,)
         x = (x - jnp.array(mean).reshape(shape)) / jnp.array(std).reshape(shape)
     return x.astype(dtype)
+
+
+def resize(images: jax.Array, size: int) -> jax.Array:
+    """Returns float images [N, H, W, C] resized to [N, size, size, C], bilinear.
+
+    Pixel centres at half-integers (PyTorch's `align_corners=False`). Where it shrinks, it
+    averages over the pixels a result covers, as torchvision's `Resize` and `antialias=True` of
+    `torch.nn.functional.interpolate` do; that function's default, without, differs there only.
+    """
+    shape = (images.shape[0], size, size, images.shape[3])
+    return jax.image.resize(images, shape, "bilinear", antialias=True)
 
 
 def random_flip(image: jax.Array, key: jax.Array) -> jax.Array:

@@ -89,6 +89,11 @@ _HELP = {
     "log_every": "steps between two printed mean losses; 0 is once an epoch",
     "fold": "vgg16: train the first linear layer folded where that is exact",
     "precision": "float32, or bfloat16 activations",
+    "resize": "side to which images are resized on the device; 0 is off",
+    "freeze": "comma-separated beginnings of names of layers that are not trained",
+    "rate_scale": "comma-separated prefix=factor: layers with another learning rate",
+    "accumulate": "parts a batch is cut into, for small memories",
+    "remat": "compute activations again in the backward pass, for small memories",
 }
 
 

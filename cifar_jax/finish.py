@@ -8,6 +8,7 @@ import numpy as np
 
 from cifar_jax import augment, feed, inference, records, report, steps
 from cifar_jax.clock import peak_memory
+from cifar_jax.from_recipe import input_shape
 from cifar_jax.model_summary import format_table, summarise
 from cifar_jax.recipes import Recipe
 from cifar_jax.run import Run
@@ -71,7 +72,7 @@ def opening_lines(run: Run, workdir: Path) -> list[str]:
         f"Recipe     {run.config.recipe_name}: {describe(recipe)}",
         f"Workdir    {workdir}",
         "",
-        format_table(summarise(run.model, (*run.dataset.splits["train"].images.shape[1:],))),
+        format_table(summarise(run.model, input_shape(recipe, run.config.dataset["image_shape"]))),
         "",
     ]
     return lines
@@ -84,6 +85,11 @@ def describe(recipe: Recipe) -> str:
         parts.append(f"momentum {recipe.momentum:g}")
     parts += [f"batch {recipe.batch_size}", f"{recipe.epochs} epochs", f"norm {recipe.normalize}"]
     parts += [f"augment {'+'.join(recipe.augment)}"] if recipe.augment else []
+    parts += [f"resized to {recipe.resize}x{recipe.resize}"] if recipe.resize else []
+    parts += [f"frozen {'+'.join(recipe.freeze)}"] if recipe.freeze else []
+    parts += [f"rates {' '.join(recipe.rate_scale)}"] if recipe.rate_scale else []
+    parts += [f"{recipe.accumulate} parts a batch"] if recipe.accumulate > 1 else []
+    parts += ["rematerialised"] if recipe.remat else []
     parts.append("tests the best epoch" if recipe.select_best else "tests the last epoch")
     return ", ".join(parts)
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cifar_jax import checkpoints, feed, optimizers, parallel, report, steps
+from cifar_jax import checkpoints, feed, from_recipe, parallel, report, steps
 from cifar_jax.datasets import Dataset, Split
 from cifar_jax.errors import UserError
 from cifar_jax.models import model_of
@@ -78,7 +78,7 @@ def load(path: str | Path, which: str | int | None = None, *, lowering: str = "a
         config=config,
         model=model,
         variables=steps.inference_variables(state),
-        preprocess=steps.make_preprocess(recipe.normalize, precision=recipe.precision),
+        preprocess=from_recipe.preprocess_of(recipe),
         step=found.step,
         directory=run,
         notices=found.skipped,
@@ -87,17 +87,13 @@ def load(path: str | Path, which: str | int | None = None, *, lowering: str = "a
 
 def abstract_payload(config: Config, model: nn.Module) -> dict:
     """Returns what a run's checkpoints hold as shapes: {"state": TrainState, "record"}."""
-    recipe = config.recipe
-    create = functools.partial(
-        steps.create_state,
-        model,
-        optimizers.make_optimizer(recipe, config.steps_per_epoch),
-        jax.random.key(0),
-        image_shape=tuple(config.dataset["image_shape"]),
-        ema=recipe.ema_decay > 0,
-    )
+    steps_per_epoch, image_shape = config.steps_per_epoch, config.dataset["image_shape"]
+    create = from_recipe.state_maker(config.recipe, model, steps_per_epoch, image_shape)
     return jax.eval_shape(
-        lambda: {"state": create(), "record": parallel.empty_record(config.steps_per_epoch)}
+        lambda: {
+            "state": create(jax.random.key(0)),
+            "record": parallel.empty_record(steps_per_epoch),
+        }
     )
 
 

@@ -7,6 +7,7 @@ import functools
 import jax
 import optax
 
+from cifar_jax.layer_groups import scale_rates
 from cifar_jax.models import fold
 from cifar_jax.recipes import Recipe
 
@@ -63,7 +64,8 @@ _NOT_FOLDED = (
 
 
 def make_optimizer(recipe: Recipe, steps_per_epoch: int) -> optax.GradientTransformation:
-    """Returns clip -> (coupled decay) -> rule -> (decoupled decay) -> -learning rate.
+    """Returns clip -> (coupled decay) -> rule -> (decoupled decay) -> -learning rate
+    -> (factors of layers with a rate of their own).
 
     SGD's momentum buffer and Adam's epsilon are PyTorch's: buf = mu * buf + g, and
     m_hat / (sqrt(v_hat) + 1e-8). Parameters with a folded layer get the updates of the unfolded
@@ -82,6 +84,8 @@ def make_optimizer(recipe: Recipe, steps_per_epoch: int) -> optax.GradientTransf
     if recipe.weight_decay and recipe.optimizer == "adamw":
         parts.append(optax.add_decayed_weights(recipe.weight_decay))
     parts.append(optax.scale_by_learning_rate(make_schedule(recipe, steps_per_epoch)))
+    if recipe.rate_scale:
+        parts.append(scale_rates(recipe.rate_scales))
     chain = optax.chain(*parts)
     return optax.GradientTransformationExtraArgs(chain.init, _standard_promotion(chain.update))
 

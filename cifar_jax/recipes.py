@@ -45,6 +45,15 @@ class Recipe:
       fold: train vgg16's first linear layer as the mean of its 49 blocks where that is exact
         (`models/fold.py`); other models do without.
       precision: `float32`, or `bfloat16` activations over float32 weights.
+      resize: side in pixels to which images are resized on the device, in training and in every
+        use of the weights; 0 is off.
+      freeze: layers that are not trained, by how their names begin (`layer_groups`).
+      rate_scale: `prefix=factor` each: layers whose learning rate is the schedule's times the
+        factor.
+      accumulate: parts a batch is cut into, one after another, for small memories: the same
+        step, except that batch normalisation sees a part at a time.
+      remat: compute activations again in the backward pass in place of keeping them: the same
+        step in less memory and more time.
     """
 
     model: str = "tutorial_cnn"
@@ -71,6 +80,11 @@ class Recipe:
     log_every: int = 0
     fold: bool = True
     precision: str = "float32"
+    resize: int = 0
+    freeze: tuple[str, ...] = ()
+    rate_scale: tuple[str, ...] = ()
+    accumulate: int = 1
+    remat: bool = False
 
     def __post_init__(self):
         check(self)
@@ -85,12 +99,37 @@ class Recipe:
 
     def to_dict(self) -> dict:
         """Returns the fields as JSON-ready values."""
-        return dataclasses.asdict(self) | {"augment": list(self.augment)}
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in dataclasses.asdict(self).items()
+        }
 
     @classmethod
     def from_dict(cls, values: dict) -> Recipe:
         """Returns the recipe that `to_dict` wrote. Raises `UserError` on unknown fields."""
-        return cls().replace(**values | {"augment": tuple(values.get("augment", ()))})
+        lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
+        return cls().replace(**values | lists)
+
+    @property
+    def rate_scales(self) -> dict[str, float]:
+        """`rate_scale` as {prefix: factor}. Raises `UserError` where an entry is none."""
+        return dict(_rate_scale(entry) for entry in self.rate_scale)
+
+
+def _rate_scale(entry: str) -> tuple[str, float]:
+    prefix, _, factor = entry.partition("=")
+    try:
+        value = float(factor)
+    except ValueError:
+        value = math.nan
+    if not prefix or math.isnan(value):
+        raise UserError(f"--rate-scale takes prefix=factor, as features=0.1; got {entry!r}")
+    if not 0 < value <= 1000:
+        raise UserError(
+            f"--rate-scale {entry}: the factor must be above 0 and at most 1000; "
+            f"for layers that are not to be trained there is --freeze {prefix}"
+        )
+    return prefix, value
 
 
 # What each number may be: field -> (lowest, highest, whether the lowest itself is allowed).
@@ -109,9 +148,11 @@ _BOUNDS = {
     "label_smoothing": (0, 0.999, True),
     "ema_decay": (0, 0.999999, True),
     "log_every": (0, 1_000_000_000, True),
+    "resize": (0, 4096, True),
+    "accumulate": (1, 1_000_000, True),
 }
 
-_WHOLE = ("epochs", "batch_size", "eval_batch_size", "log_every")
+_WHOLE = ("epochs", "batch_size", "eval_batch_size", "log_every", "resize", "accumulate")
 
 OPTIMIZER_NAMES = ("adam", "adamw", "sgd")
 SCHEDULE_NAMES = ("constant", "cosine", "onecycle", "step")
@@ -142,6 +183,12 @@ def check(recipe: Recipe) -> None:
         raise UserError("--nesterov needs --optimizer sgd and a --momentum above 0")
     if recipe.select_best and recipe.validation_fraction == 0:
         raise UserError("--select-best needs validation images: set --validation-fraction")
+    if len(recipe.rate_scales) < len(recipe.rate_scale):
+        raise UserError(f"--rate-scale {','.join(recipe.rate_scale)} names a prefix twice")
+    if recipe.accumulate > recipe.batch_size:
+        raise UserError(
+            f"--accumulate {recipe.accumulate} cuts finer than --batch-size {recipe.batch_size}"
+        )
     if recipe.warmup_epochs > recipe.epochs:
         raise UserError(
             f"--warmup-epochs {recipe.warmup_epochs:g} is longer than --epochs {recipe.epochs}"

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from cifar_jax import augment, feed, optimizers, parallel, steps
+from cifar_jax import augment, feed, from_recipe, parallel, steps
 from cifar_jax.clock import Clock
 from cifar_jax.datasets import Dataset
 from cifar_jax.errors import lookup
@@ -84,18 +84,11 @@ def make_run(config: Config, dataset: Dataset, options: Options, clock: Clock) -
     training, validation = feed.split_indices(keys["split"], size, recipe.validation_fraction)
     feed.check_batch_size(recipe.batch_size, len(training))
     model = model_of(recipe, len(dataset.class_names), options.lowering)
-    optimizer = optimizers.make_optimizer(recipe, config.steps_per_epoch)
     image_shape = dataset.splits["train"].images.shape[1:]
-    prepare = steps.make_preprocess(recipe.normalize, recipe.augment, recipe.precision)
-    step = functools.partial(
-        steps.train_step,
-        model=model,
-        optimizer=optimizer,
-        preprocess=prepare,
-        label_smoothing=recipe.label_smoothing,
-        ema_decay=recipe.ema_decay,
-    )
-    inference = {"model": model, "preprocess": prepare}
+    from_recipe.check_layers(recipe, model, image_shape)
+    create = from_recipe.state_maker(recipe, model, config.steps_per_epoch, image_shape)
+    step = from_recipe.step_of(recipe, model, config.steps_per_epoch)
+    inference = {"model": model, "preprocess": from_recipe.preprocess_of(recipe)}
     return Run(
         config=config,
         dataset=dataset,
@@ -105,16 +98,7 @@ def make_run(config: Config, dataset: Dataset, options: Options, clock: Clock) -
         training=training,
         validation=validation,
         keys=keys,
-        create=parallel.compile_for_one_call(
-            functools.partial(
-                steps.create_state,
-                model,
-                optimizer,
-                keys["state"],
-                image_shape=image_shape,
-                ema=recipe.ema_decay > 0,
-            )
-        ),
+        create=parallel.compile_for_one_call(functools.partial(create, keys["state"])),
         train_many=parallel.compile_training(step),
         evaluate=parallel.compile_evaluation(functools.partial(steps.eval_step, **inference)),
         predict=parallel.compile_prediction(functools.partial(steps.predict_step, **inference)),

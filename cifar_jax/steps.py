@@ -19,6 +19,8 @@ from flax import struct
 from jax import lax
 
 from cifar_jax import augment as augmentations
+from cifar_jax import layer_groups
+from cifar_jax.accumulate import over_parts
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
@@ -32,7 +34,7 @@ class TrainState:
       step: int32 scalar, steps done so far.
       params: float32 weights.
       batch_stats: running statistics of batch normalisation, {} where there is none.
-      opt_state: of the optax transformation.
+      opt_state: of the optax transformation, over the layers that are trained.
       key: typed PRNG key; step number n draws from `fold_in(key, n)`.
       ema_params: moving average of the weights, or None.
     """
@@ -53,6 +55,7 @@ def create_state(
     image_shape: tuple[int, int, int] = (32, 32, 3),
     ema: bool = False,
     initial: dict | None = None,
+    freeze: tuple[str, ...] = (),
 ) -> TrainState:
     """Returns the state before the first step.
 
@@ -62,6 +65,7 @@ def create_state(
       ema: whether to keep a moving average of the weights.
       initial: variables {"params": {layer: ...}, "batch_stats"} that replace drawn ones; a layer
         that is not in it is drawn.
+      freeze: prefixes of layers that are not trained; the optimizer keeps nothing for them.
     """
     init_key, run_key = jax.random.split(key)
     variables = model.init(init_key, jnp.zeros((1, *image_shape), jnp.float32))
@@ -71,24 +75,27 @@ def create_state(
         step=jnp.zeros((), jnp.int32),
         params=params,
         batch_stats={**variables.get("batch_stats", {}), **given.get("batch_stats", {})},
-        opt_state=optimizer.init(params),
+        opt_state=optimizer.init(layer_groups.split(params, freeze)[0]),
         key=run_key,
         ema_params=jax.tree.map(jnp.copy, params) if ema else None,
     )
 
 
 def make_preprocess(
-    normalization: str = "half", augment: tuple[str, ...] = (), precision: str = "float32"
+    normalization: str = "half",
+    augment: tuple[str, ...] = (),
+    precision: str = "float32",
+    resize: int = 0,
 ) -> Callable[..., jax.Array]:
-    """Returns `preprocess(images, key=None, first_example=0)`: normalised, and augmented if
-    there is a key."""
+    """Returns `preprocess(images, key=None, first_example=0)`: normalised, augmented if there is
+    a key, and resized to `resize` x `resize` unless that is 0."""
     dtype = jnp.dtype(precision)
 
     def preprocess(images, key=None, first_example=0):
-        images = augmentations.normalize(images, normalization, dtype)
-        if key is None or not augment:
-            return images
-        return augmentations.augment(images, augment, key, first_example)
+        images = augmentations.normalize(images, normalization, jnp.float32 if resize else dtype)
+        if key is not None and augment:
+            images = augmentations.augment(images, augment, key, first_example)
+        return augmentations.resize(images, resize).astype(dtype) if resize else images
 
     return preprocess
 
@@ -125,12 +132,18 @@ def train_step(
     preprocess: Callable[..., jax.Array] | None = None,
     label_smoothing: float = 0.0,
     ema_decay: float = 0.0,
+    freeze: tuple[str, ...] = (),
+    accumulate: int = 1,
     axis_name: str | None = None,
 ) -> tuple[TrainState, Metrics]:
     """One optimizer step on the mean loss over the unmasked images of the global batch.
 
     Args:
       preprocess: from `make_preprocess`; the default is norm 0.5 without augmentation.
+      freeze: as given to `create_state`. Batch normalisation in a frozen layer goes on with the
+        batch's statistics and updates the running ones, as under PyTorch's `requires_grad_(False)`.
+      accumulate: parts the batch is cut into, one after another: the same step in less memory
+        (`accumulate.over_parts`).
       axis_name: under pmap or shard_map, the axis the batch is split over: gradients, metrics
         and random draws are then those of the global batch.
 
@@ -148,43 +161,58 @@ def train_step(
         params = lax.pcast(params, axis_name, to="varying")
         if hasattr(model, "axis_name"):  # normalises over the batch
             model = model.clone(axis_name=axis_name)
-    images = preprocess(batch["image"], jax.random.fold_in(key, 1), first_example)
+    trained, frozen = layer_groups.split(params, freeze)
     mask = _mask(batch)
     count = mask.sum()
     if axis_name is not None:
         count = lax.psum(count, axis_name)
 
-    def loss_fn(params):
-        logits, updates = model.apply(
-            {
-                "params": params,
-                "batch_stats": state.batch_stats,
-                "position": {"first_example": first_example, "mask": mask},
-            },
-            images,
-            train=True,
-            rngs={"dropout": jax.random.fold_in(key, 0)},
-            mutable=["batch_stats"],
-        )
-        if logits.dtype.itemsize < 4:
-            logits = logits.astype(jnp.float32)
-        losses = cross_entropy(logits, batch["label"], label_smoothing)
-        sums = _sums(logits, batch["label"], mask, losses)
-        mean = sums["loss"] / jnp.maximum(count, 1).astype(losses.dtype)
-        return mean, (sums, updates.get("batch_stats", {}))
+    def gradients(batch, batch_stats, first_example):
+        images = preprocess(batch["image"], jax.random.fold_in(key, 1), first_example)
 
-    grads, (sums, batch_stats) = jax.grad(loss_fn, has_aux=True)(params)
+        def loss_fn(trained):
+            logits, updates = model.apply(
+                {
+                    "params": layer_groups.merge(trained, frozen),
+                    "batch_stats": batch_stats,
+                    "position": {"first_example": first_example, "mask": batch["mask"]},
+                },
+                images,
+                train=True,
+                rngs={"dropout": jax.random.fold_in(key, 0)},
+                mutable=["batch_stats"],
+            )
+            if logits.dtype.itemsize < 4:
+                logits = logits.astype(jnp.float32)
+            losses = cross_entropy(logits, batch["label"], label_smoothing)
+            sums = _sums(logits, batch["label"], batch["mask"], losses)
+            mean = sums["loss"] / jnp.maximum(count, 1).astype(losses.dtype)
+            return mean, (sums, updates.get("batch_stats", {}))
+
+        grads, (sums, batch_stats) = jax.grad(loss_fn, has_aux=True)(trained)
+        return (grads, sums), batch_stats
+
+    whole = {"image": batch["image"], "label": batch["label"], "mask": mask}
+    if accumulate == 1:
+        (grads, sums), batch_stats = gradients(whole, state.batch_stats, first_example)
+    else:
+        (grads, sums), batch_stats = over_parts(
+            gradients, whole, accumulate, state.batch_stats, first_example, axis_name
+        )
     if axis_name is not None:
         grads, sums = lax.psum((grads, sums), axis_name)
         batch_stats = lax.pmean(batch_stats, axis_name)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    trained, frozen = layer_groups.split(state.params, freeze)
+    updates, opt_state = optimizer.update(grads, state.opt_state, trained)
+    trained = optax.apply_updates(trained, updates)
     ema_params = state.ema_params
     if ema_params is not None:
-        ema_params = optax.incremental_update(params, ema_params, 1 - ema_decay)
+        averaged = layer_groups.split(ema_params, freeze)[0]
+        averaged = optax.incremental_update(trained, averaged, 1 - ema_decay)
+        ema_params = layer_groups.merge(averaged, frozen)
     state = state.replace(
         step=state.step + 1,
-        params=params,
+        params=layer_groups.merge(trained, frozen),
         batch_stats=batch_stats,
         opt_state=opt_state,
         ema_params=ema_params,

@@ -1,0 +1,70 @@
+"""What a recipe says, as the parts that the steps take: one place for training and for every
+later use of the weights."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from cifar_jax import layer_groups, optimizers, steps
+from cifar_jax.recipes import Recipe
+
+Shape = tuple[int, int, int]
+
+
+def input_shape(recipe: Recipe, image_shape: Sequence[int]) -> Shape:
+    """Returns (H, W, C) of what the model reads, for images of `image_shape`."""
+    height, width, channels = image_shape
+    side = recipe.resize
+    return (side, side, channels) if side else (height, width, channels)
+
+
+def preprocess_of(recipe: Recipe) -> Callable[..., jax.Array]:
+    """Returns the recipe's `preprocess` (`steps.make_preprocess`); without a key it does not
+    augment."""
+    return steps.make_preprocess(recipe.normalize, recipe.augment, recipe.precision, recipe.resize)
+
+
+def state_maker(
+    recipe: Recipe, model: nn.Module, steps_per_epoch: int, image_shape: Sequence[int]
+) -> Callable[..., steps.TrainState]:
+    """Returns `create(key, **options)`: `steps.create_state` of this recipe."""
+    return functools.partial(
+        steps.create_state,
+        model,
+        optimizers.make_optimizer(recipe, steps_per_epoch),
+        image_shape=input_shape(recipe, image_shape),
+        ema=recipe.ema_decay > 0,
+        freeze=recipe.freeze,
+    )
+
+
+def step_of(recipe: Recipe, model: nn.Module, steps_per_epoch: int) -> Callable:
+    """Returns `step(state, batch) -> (state, sums)`: `steps.train_step` of this recipe."""
+    return functools.partial(
+        steps.train_step,
+        model=model,
+        optimizer=optimizers.make_optimizer(recipe, steps_per_epoch),
+        preprocess=preprocess_of(recipe),
+        label_smoothing=recipe.label_smoothing,
+        ema_decay=recipe.ema_decay,
+        freeze=recipe.freeze,
+        accumulate=recipe.accumulate,
+    )
+
+
+def check_layers(recipe: Recipe, model: nn.Module, image_shape: Sequence[int]) -> None:
+    """Looks at the layers a recipe names beside its model's, without computing.
+
+    Raises:
+      UserError: a prefix of `freeze` or `rate_scale` is that of no layer, or nothing is left to
+        train.
+    """
+    if recipe.freeze or recipe.rate_scale:
+        images = jax.ShapeDtypeStruct((1, *input_shape(recipe, image_shape)), jnp.float32)
+        variables = jax.eval_shape(model.init, jax.random.key(0), images)
+        layer_groups.check_groups(variables["params"], recipe.freeze, recipe.rate_scales)
