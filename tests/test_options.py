@@ -8,13 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from tiny_data import tiny, words
 
-from cifar_jax import augment, from_recipe, layer_groups
+from cifar_jax import augment, evaluate, feed, from_recipe, inference, layer_groups, train
 from cifar_jax.errors import UserError
 from cifar_jax.models.layers import Dense, Dropout, Flatten
 from cifar_jax.optimizers import make_optimizer
 from cifar_jax.recipes import Recipe
 from cifar_jax.steps import create_state, make_preprocess, predict_step, train_step
+
+__all__ = ["tiny"]
 
 SHAPE = (4, 4, 3)
 
@@ -293,3 +296,32 @@ def test_options_together_in_bfloat16():
     assert not np.array_equal(
         state.params["features_1"]["kernel"], full.params["features_1"]["kernel"]
     )
+
+
+def test_a_run_with_every_option(tiny, tmp_path):
+    options = words(
+        "--recipe adam --conv lax --batch-size 60 --epochs 1 --no-plots --normalize imagenet "
+        "--resize 20 --freeze conv --rate-scale fc1=0.1,fc3=2 --accumulate 4"
+    )
+    where = ["--data-dir", str(tiny), "--workdir", str(tmp_path / "run")]
+    with pytest.raises(UserError, match=r"--freeze: no layer begins with 'features'.*conv1"):
+        train.main([*options, *where, "--freeze", "features"], say=id)
+    assert not (tmp_path / "run").exists()
+    lines = []
+    summary = train.main([*options, *where], say=lines.append)
+    said = "\n".join(lines)
+    assert "resized to 20x20, frozen conv, rates fc1=0.1 fc3=2, 4 parts a batch" in said
+    assert summary["recipe"]["rate_scale"] == ["fc1=0.1", "fc3=2"]
+    trained = inference.load(tmp_path / "run")
+    create = from_recipe.state_maker(trained.config.recipe, trained.model, 8, (32, 32, 3))
+    start = jax.jit(create)(feed.run_keys(42)["state"]).params
+    shapes = jax.tree.map(jnp.shape, trained.variables["params"])
+    assert shapes["fc1"]["kernel"] == (16 * 2 * 2, 120)
+    moved = {
+        name: float(jnp.abs(layer["kernel"] - start[name]["kernel"]).max())
+        for name, layer in trained.variables["params"].items()
+    }
+    assert max(moved["conv1"], moved["conv2"]) < 1e-6  # drawn by a program optimised otherwise
+    assert moved["fc1"] < moved["fc2"] / 2 < moved["fc3"] / 2
+    found = evaluate.main([str(tmp_path / "run"), "--data-dir", str(tiny)], say=id)
+    assert found["test_loss"] == pytest.approx(summary["test_loss"], rel=1e-5)
