@@ -89,6 +89,7 @@ def main(arguments: Sequence[str] | None = None, say=print) -> dict:
 
     from cifar_jax import finish, initial, training
     from cifar_jax.clock import Clock
+    from cifar_jax.from_recipe import input_shape
     from cifar_jax.run import Options, make_run
     from cifar_jax.workdir import Config, describe_data, open_workdir
 
@@ -107,7 +108,9 @@ def main(arguments: Sequence[str] | None = None, say=print) -> dict:
     run = make_run(config, dataset, run_options, clock)
     opening = finish.opening_lines(run, workdir)  # before there is a directory: it may refuse
     if options.init_from:
-        start = initial.load(options.init_from, run.model, tuple(config.dataset["image_shape"]))
+        start = initial.load(
+            options.init_from, run.model, input_shape(recipe, config.dataset["image_shape"])
+        )
         run.start_from(start.variables, start.record)
         opening += [*start.notices, ""]
     with open_workdir(workdir, run.config, overwrite=options.overwrite) as resume:
