@@ -25,6 +25,11 @@ def make_parser() -> cli.Parser:
         help="start from these weights: .safetensors, .pth, .pt, or another run's",
     )
     parser.add_argument(
+        "--pretrained",
+        metavar="imagenet|FILE",
+        help="start from published weights, downloaded once, or from such a file",
+    )
+    parser.add_argument(
         "--save-minutes", type=float, default=5.0, help="between two saves inside an epoch"
     )
     parser.add_argument("--feed", default="resident", help="resident (on the device) or stream")
@@ -75,6 +80,17 @@ def _load(options, recipe, say):
         return cli.load_data(options, "shapes10"), recipe.replace(dataset="shapes10")
 
 
+def _source(options, recipe) -> str | Path | None:
+    """Returns where the weights to start from lie, None for drawn ones."""
+    if options.pretrained is None:
+        return options.init_from
+    if options.init_from is not None:
+        raise UserError("--pretrained and --init-from both name weights to start from; give one")
+    from cifar_jax import pretrained
+
+    return pretrained.find(recipe.model, options.pretrained, may_download=not options.no_download)
+
+
 def main(arguments: Sequence[str] | None = None, say=print) -> dict:
     """Parses, trains, tests, reports. Returns what `summary.json` holds. Raises `UserError`."""
     options = make_parser().parse(arguments)
@@ -107,10 +123,9 @@ def main(arguments: Sequence[str] | None = None, say=print) -> dict:
     )
     run = make_run(config, dataset, run_options, clock)
     opening = finish.opening_lines(run, workdir)  # before there is a directory: it may refuse
-    if options.init_from:
-        start = initial.load(
-            options.init_from, run.model, input_shape(recipe, config.dataset["image_shape"])
-        )
+    source = _source(options, recipe)
+    if source is not None:
+        start = initial.load(source, run.model, input_shape(recipe, config.dataset["image_shape"]))
         run.start_from(start.variables, start.record)
         opening += [*start.notices, ""]
     with open_workdir(workdir, run.config, overwrite=options.overwrite) as resume:
