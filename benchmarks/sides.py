@@ -16,7 +16,14 @@ import numpy as np
 from benchmarks.cases import Case, full_batches
 
 COMPARED_STEPS = 50
+# Of networks whose steps take seconds on a CPU.
+COMPARED_STEPS_LARGE = 5
 WARM_UP = 3
+
+
+def compared_steps(recipe) -> int:
+    """Returns how many first losses the sides are compared by."""
+    return COMPARED_STEPS_LARGE if recipe.model.startswith("vgg") else COMPARED_STEPS
 
 
 class Side:
@@ -58,10 +65,11 @@ class Ours(Side):
       form: `scan`, many steps a dispatch as `cifar_jax.train` does, or `step`, one jitted step
         a dispatch.
       lowering: the convolutions' (`auto`, `lax`, `gemm`, `winograd`).
+      fold: whether VGG16's first linear layer is folded.
     """
 
-    def __init__(self, form: str = "scan", lowering: str = "auto"):
-        self.form, self.lowering = form, lowering
+    def __init__(self, form: str = "scan", lowering: str = "auto", fold: bool = True):
+        self.form, self.lowering, self.fold = form, lowering, fold
 
     def prepare(self, case: Case, dataset, precision: str, weights: Path, seconds: float) -> dict:
         """Builds the case and writes the initial weights to `weights` (.npz)."""
@@ -72,14 +80,14 @@ class Ours(Side):
         from cifar_jax.run import Options, make_run
         from cifar_jax.workdir import Config, describe_data
 
-        recipe = case.settings(precision)
+        recipe = case.settings(precision).replace(fold=self.fold)
         config = Config(case.recipe, recipe, 0, describe_data(dataset))
         self.run = run = make_run(config, dataset, Options(lowering=self.lowering), Clock())
         compiled = compile_seconds()
         self.state = run.create()
         flat = {
             f"{layer}/{name}": np.asarray(value)
-            for layer, values in self.state.params.items()
+            for layer, values in self._unfolded().items()
             for name, value in values.items()
         }
         np.savez(weights, **flat)
@@ -110,6 +118,15 @@ class Ours(Side):
             "data_seconds": data_seconds,
         }
 
+    def _unfolded(self):
+        """The initial weights as PyTorch has them."""
+        from cifar_jax import inference
+
+        image_shape = self.run.config.dataset["image_shape"]
+        return inference.unfold_initial(
+            self.state.params, self.run.model, self.run.keys["state"], image_shape
+        )
+
     def _first_losses(self, recipe) -> list[float]:
         """The first losses from the saved weights, dropout off, training a copy."""
         import jax
@@ -126,7 +143,7 @@ class Ours(Side):
                 preprocess=steps.make_preprocess(recipe.normalize, (), recipe.precision),
             )
             train_many = parallel.compile_training(step)
-        count = min(COMPARED_STEPS, self.rows)
+        count = min(compared_steps(recipe), self.rows)
         copy, record = jax.tree.map(jnp.copy, self.state), parallel.empty_record(self.rows)
         _, record = train_many(copy, record, self.data, self.order, 0, 0, count)
         sums = {name: np.asarray(values)[:count] for name, values in record.items()}
@@ -231,7 +248,7 @@ class PyTorch(Side):
                     module.p = 0.0
             if published:
                 compared.workers = self.trainer.workers
-        losses = compared.run(order[:COMPARED_STEPS]).tolist()
+        losses = compared.run(order[: compared_steps(case.settings())]).tolist()
         if published:
             # One loader for good: starting its workers counts for no window.
             self.stream = self.trainer.steps(itertools.cycle(order))

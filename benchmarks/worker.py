@@ -92,8 +92,8 @@ def make_side(name: str, device: str):
         return PyTorch(name, "cuda" if device == "gpu" else "cpu")
     words = name.split("-")[1:]
     form = "step" if "step" in words else "scan"
-    lowerings = [word for word in words if word != "step"]
-    return Ours(form, lowerings[0] if lowerings else "auto")
+    lowerings = [word for word in words if word not in ("step", "unfolded")]
+    return Ours(form, lowerings[0] if lowerings else "auto", fold="unfolded" not in words)
 
 
 def describe(side: str) -> dict:

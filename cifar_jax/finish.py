@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import jax
 import numpy as np
 
 from cifar_jax import augment, feed, inference, records, report, steps
 from cifar_jax.clock import peak_memory
 from cifar_jax.from_recipe import input_shape
 from cifar_jax.model_summary import format_table, summarise
+from cifar_jax.models import fold
 from cifar_jax.recipes import Recipe
 from cifar_jax.run import Run
 from cifar_jax.training import Print
@@ -75,7 +77,29 @@ def opening_lines(run: Run, workdir: Path) -> list[str]:
         format_table(summarise(run.model, input_shape(recipe, run.config.dataset["image_shape"]))),
         "",
     ]
-    return lines
+    return lines + vgg_lines(run)
+
+
+def vgg_lines(run: Run) -> list[str]:
+    """Returns what there is to say about VGG16 alone: its fold, and what it needs to learn.
+
+    Raises:
+      UserError: the optimizer cannot train the folded layer exactly.
+    """
+    if run.config.recipe.model != "vgg16":
+        return []
+    lines = []
+    if fold.is_folded(jax.eval_shape(run.create).params):
+        lines.append(
+            f"{fold.LAYER} is folded: its {fold.BLOCKS} equal blocks are trained as one, exactly "
+            "(--no-fold trains them all)"
+        )
+    if getattr(run.config, "init_from", None) is None:
+        lines.append(
+            "warning: from random weights this network, which has no batch norm, tends to stay "
+            "at chance; start it from pretrained weights, or train vgg16_bn"
+        )
+    return [*lines, ""]
 
 
 def describe(recipe: Recipe) -> str:

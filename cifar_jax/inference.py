@@ -16,7 +16,7 @@ import numpy as np
 from cifar_jax import checkpoints, feed, from_recipe, parallel, report, steps
 from cifar_jax.datasets import Dataset, Split
 from cifar_jax.errors import UserError
-from cifar_jax.models import model_of
+from cifar_jax.models import fold, model_of
 from cifar_jax.workdir import Config, read_config
 
 
@@ -95,6 +95,37 @@ def abstract_payload(config: Config, model: nn.Module) -> dict:
             "record": parallel.empty_record(steps_per_epoch),
         }
     )
+
+
+def unfolded(trained: Trained) -> dict[str, Any]:
+    """Returns `trained.variables` with all 49 blocks of VGG16's folded layer, for use elsewhere.
+
+    The blocks before the first step are drawn again from the run's seed, so that no checkpoint
+    holds them. Variables without a folded layer are returned as they are.
+    """
+    params, config = trained.variables["params"], trained.config
+    if not fold.is_folded(params):
+        return trained.variables
+    recipe, shrunk = config.recipe, 1.0
+    if recipe.weight_decay:
+        optimizer = optimizers.make_optimizer(recipe, config.steps_per_epoch)
+        shrunk = fold.spread(optimizer, trained.step, recipe.ema_decay)
+    image_shape = config.dataset["image_shape"]
+    key = feed.run_keys(config.seed)["state"]
+    params = unfold_initial(params, trained.model, key, image_shape, shrunk)
+    return {**trained.variables, "params": params}
+
+
+def unfold_initial(
+    params, model: nn.Module, key: jax.Array, image_shape: Sequence[int], spread: float = 1.0
+):
+    """Returns folded parameters unfolded with the blocks that `create_state(model, ..., key)`
+    draws; others as they are. `spread` as in `fold.unfold`."""
+    if not fold.is_folded(params):
+        return params
+    draw = functools.partial(fold.initial_kernel, model, image_shape=tuple(image_shape))
+    init_key = jax.random.split(key)[0]  # as `create_state` splits it
+    return fold.unfold(params, parallel.compile_for_one_call(draw)(init_key), spread)
 
 
 def evaluate_split(

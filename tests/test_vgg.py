@@ -20,6 +20,9 @@ from cifar_jax.models import make_model  # noqa: E402
 from cifar_jax.models.fold import normal_blocks  # noqa: E402
 from cifar_jax.models.layers import kaiming_normal  # noqa: E402
 from cifar_jax.models.vgg import VGG, VGG16, adaptive_average_pool  # noqa: E402
+from cifar_jax.optimizers import make_optimizer  # noqa: E402
+from cifar_jax.parallel import compiler_options  # noqa: E402
+from cifar_jax.recipes import Recipe  # noqa: E402
 from cifar_jax.torch_weights import from_torch, to_torch  # noqa: E402
 
 SMALL = tuple(layer if layer == "M" else max(layer // 64, 3) for layer in VGG16)
@@ -165,3 +168,64 @@ def test_initialisation_is_torchvisions():
     params = jit(small().init)(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
     assert all(not np.asarray(layer["bias"]).any() for layer in params.values())
     assert np.asarray(params["classifier_3"]["kernel"]).std() == pytest.approx(0.01, rel=0.15)
+
+
+@pytest.mark.slow
+def test_full_size_in_float32():
+    """VGG16 as it is trained, with the convolutions of `auto`: logits at three sizes, gradients,
+    and what ten Adam steps change. Relu and pool decide ties by rounding, and Adam turns a tiny
+    gradient's sign into a whole step, so gradients and changes are compared by their norms."""
+    torch.manual_seed(0)
+    theirs = torch_models.VGG(dropout_rate=0.0)
+    for name, weight in theirs.named_parameters():
+        if name.startswith("classifier"):
+            torch.nn.init.normal_(weight, 0, weight.shape[-1] ** -0.5)
+    model = VGG(dropout_rate=0.0)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
+    state = {name: value.detach().numpy() for name, value in theirs.state_dict().items()}
+    params = jax.tree.map(jnp.asarray, from_torch(state, shapes))
+    start = {name: value.copy() for name, value in state.items()}
+    full = functools.partial(jax.jit, compiler_options=compiler_options())
+    apply = full(model.apply)
+    for size in (32, 64, 224):
+        images = images_of(size, 2, size, np.float32)
+        with torch.no_grad():
+            want = theirs(to_nchw(images)).numpy()
+        ours = np.asarray(apply({"params": params}, images))
+        np.testing.assert_allclose(ours, want, rtol=0, atol=1e-4 * np.abs(want).max())
+
+    def off(ours, wanted):
+        return {
+            name: float(np.linalg.norm(ours[name] - value) / np.linalg.norm(value))
+            for name, value in wanted.items()
+        }
+
+    optimizer = torch.optim.Adam(theirs.parameters(), lr=1e-4)
+    adam = make_optimizer(Recipe(optimizer="adam", learning_rate=1e-4), 10)
+
+    @functools.partial(full, donate_argnums=(0, 1))
+    def update(params, state, gradients):
+        updates, state = adam.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state
+
+    gradient = full(jax.grad(functools.partial(loss_of, model)))
+    moments = adam.init(params)
+    for i in range(10):
+        images, labels = images_of(i, 4, dtype=np.float32), np.arange(4, dtype=np.int32) + i % 6
+        gradients = gradient(params, images, labels)
+        optimizer.zero_grad()
+        logits = theirs(to_nchw(images))
+        torch.nn.functional.cross_entropy(logits, torch.tensor(labels).long()).backward()
+        if i == 0:
+            wanted = {name: weight.grad.numpy() for name, weight in theirs.named_parameters()}
+            worst = max(off(to_torch(gradients), wanted).values())
+            print(f"gradients: {worst:.1e}")
+            assert worst < 1e-2
+        params, moments = update(params, moments, gradients)
+        del gradients
+        optimizer.step()
+    ours = {name: value - start[name] for name, value in to_torch(params).items()}
+    wanted = {n: value.numpy() - start[n] for n, value in theirs.state_dict().items()}
+    worst = max(off(ours, wanted).values())
+    print(f"changes of ten steps: {worst:.1e}")
+    assert worst < 0.05

@@ -172,15 +172,12 @@ def spread(
     return (average if ema_decay else weight)[LAYER][MEAN_KERNEL][0, 0]
 
 
-def initial_kernel(model: nn.Module, key: jax.Array, image_shape: tuple[int, int, int]):
-    """Returns the kernel [49 * C, F] that `model`, not folded, starts from with this key."""
-
-    @jax.jit
-    def draw(key):
-        images = jnp.zeros((1, *image_shape), jnp.float32)
-        return model.clone(fold=False).init(key, images)["params"][LAYER]["kernel"]
-
-    return draw(key)
+def initial_kernel(
+    model: nn.Module, key: jax.Array, image_shape: tuple[int, int, int]
+) -> jax.Array:
+    """Returns the kernel [49 * C, F] that `model`, not folded, has after `init` with this key."""
+    images = jnp.zeros((1, *image_shape), jnp.float32)
+    return model.clone(fold=False).init(key, images)["params"][LAYER]["kernel"]
 
 
 def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
