@@ -130,7 +130,7 @@ def test_clipping_happens_in_those_runs():
     whole = gradient(False)(params, *arguments)
     folded = gradient(True)(fold.fold(params), *arguments)
     norm = float(optax.tree.norm(whole))
-    assert norm > 2 * float(optax.tree.norm(folded)) > 0
+    assert norm > 1.1 * float(optax.tree.norm(folded)) > 0
     for limit in (norm * 0.1, norm * 0.99, norm * 1.01):
         ours = fold.clip_by_global_norm(limit)
         theirs = optax.clip_by_global_norm(limit)

@@ -25,6 +25,7 @@ draws again from the run's key (`initial_kernel`): it is no part of a checkpoint
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -43,31 +44,29 @@ LAYER = "classifier_0"
 
 
 def normal_blocks(stddev: float):
-    """Returns an initialiser N(0, stddev^2) of kernels [49 * C, F], drawn block by block."""
+    """Returns an initialiser of kernels [49 * C, F], every number from N(0, stddev^2).
+
+    The mean block and the differences from it are independent for normal numbers, so they are
+    drawn apart, and a folded layer draws its mean alone.
+    """
 
     def init(key, shape, dtype=jnp.float32):
-        def draw(block):
-            return _block(key, block, (shape[0] // BLOCKS, shape[1]), stddev, dtype)
-
-        return lax.map(draw, jnp.arange(BLOCKS)).reshape(shape)
+        block = (shape[0] // BLOCKS, shape[1])
+        draw = functools.partial(jax.random.normal, shape=block, dtype=dtype)
+        blocks = stddev * lax.map(draw, jax.random.split(jax.random.fold_in(key, 1), BLOCKS))
+        mean = mean_of_normal_blocks(stddev)(key, block, dtype)
+        return (blocks + (mean - blocks.mean(axis=0))[None]).reshape(shape)
 
     return init
 
 
 def mean_of_normal_blocks(stddev: float):
-    """Returns an initialiser [C, F]: the mean of the blocks that `normal_blocks` would draw."""
+    """Returns an initialiser [C, F]: the mean of the 49 blocks that `normal_blocks` draws."""
 
     def init(key, shape, dtype=jnp.float32):
-        def add(block, total):
-            return total + _block(key, block, shape, stddev, dtype)
-
-        return lax.fori_loop(0, BLOCKS, add, jnp.zeros(shape, dtype)) / BLOCKS
+        return stddev / SIDE * jax.random.normal(jax.random.fold_in(key, 0), shape, dtype)
 
     return init
-
-
-def _block(key, block, shape, stddev, dtype):
-    return stddev * jax.random.normal(jax.random.fold_in(key, block), shape, dtype)
 
 
 def sum_of_blocks(mean: jax.Array) -> jax.Array:
