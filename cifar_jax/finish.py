@@ -94,7 +94,7 @@ def vgg_lines(run: Run) -> list[str]:
             f"{fold.LAYER} is folded: its {fold.BLOCKS} equal blocks are trained as one, exactly "
             "(--no-fold trains them all)"
         )
-    if getattr(run.config, "init_from", None) is None:
+    if run.config.init_from is None:
         lines.append(
             "warning: from random weights this network, which has no batch norm, tends to stay "
             "at chance; start it from pretrained weights, or train vgg16_bn"

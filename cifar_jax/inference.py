@@ -100,8 +100,12 @@ def abstract_payload(config: Config, model: nn.Module) -> dict:
 def unfolded(trained: Trained) -> dict[str, Any]:
     """Returns `trained.variables` with all 49 blocks of VGG16's folded layer, for use elsewhere.
 
-    The blocks before the first step are drawn again from the run's seed, so that no checkpoint
-    holds them. Variables without a folded layer are returned as they are.
+    The blocks before the first step are no part of a checkpoint: they are drawn again from the
+    run's seed, or read again from the weights it started from. Variables without a folded layer
+    are returned as they are.
+
+    Raises:
+      UserError: the weights it started from are gone or changed.
     """
     params, config = trained.variables["params"], trained.config
     if not fold.is_folded(params):
@@ -110,10 +114,28 @@ def unfolded(trained: Trained) -> dict[str, Any]:
     if recipe.weight_decay:
         optimizer = optimizers.make_optimizer(recipe, config.steps_per_epoch)
         shrunk = fold.spread(optimizer, trained.step, recipe.ema_decay)
-    image_shape = config.dataset["image_shape"]
-    key = feed.run_keys(config.seed)["state"]
-    params = unfold_initial(params, trained.model, key, image_shape, shrunk)
+    if config.init_from is None:
+        key = feed.run_keys(config.seed)["state"]
+        params = unfold_initial(params, trained.model, key, config.dataset["image_shape"], shrunk)
+    else:
+        params = fold.unfold(params, jnp.asarray(_given_kernel(trained)), shrunk)
     return {**trained.variables, "params": params}
+
+
+def _given_kernel(trained: Trained) -> np.ndarray:
+    """The unfolded kernel in the weights that a run started from."""
+    from cifar_jax import initial
+
+    config, model = trained.config, trained.model.clone(fold=False)
+    given = config.init_from
+    what = f"{fold.LAYER} is folded, and to unfold it takes the weights the run started from"
+    try:
+        found = initial.load(given["source"], model, tuple(config.dataset["image_shape"]))
+    except UserError as error:
+        raise UserError(f"{what}: {error}") from None
+    if found.record["sha256"] != given["sha256"]:
+        raise UserError(f"{what}: {given['source']} has changed since")
+    return found.variables["params"][fold.LAYER]["kernel"]
 
 
 def unfold_initial(

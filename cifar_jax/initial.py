@@ -14,6 +14,7 @@ import numpy as np
 
 from cifar_jax import weight_files
 from cifar_jax.errors import UserError
+from cifar_jax.models import fold
 from cifar_jax.torch_weights import (
     last_layer,
     misfits,
@@ -62,7 +63,7 @@ def of_run(source: str | os.PathLike, which: str | int | None = None):
     from cifar_jax import inference
 
     trained = inference.load(source, which)
-    state = to_torch(**trained.variables)
+    state = to_torch(**inference.unfolded(trained))
     return trained, weight_files.Weights(state, list(trained.notices), {})
 
 
@@ -78,11 +79,15 @@ def load(source: str | os.PathLike, model: nn.Module, image_shape: tuple[int, in
     """
     weights = read(source)
     images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
-    variables = jax.eval_shape(model.init, jax.random.key(0), images)
+    folded = fold.is_folded(jax.eval_shape(model.init, jax.random.key(0), images)["params"])
+    whole = model.clone(fold=False) if folded else model
+    variables = jax.eval_shape(whole.init, jax.random.key(0), images)
     notices = list(weights.notices)
     try:
         state, variables, redrawn = _without_other_head(weights.state, variables)
         found = variables_from_torch(state, variables)
+        if folded:
+            found["params"] = fold.fold(found["params"])
     except UserError as error:
         raise UserError(f"--init-from {source}: {error}") from None
     digest = weight_files.content_hash(weights.state)

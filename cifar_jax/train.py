@@ -122,12 +122,13 @@ def main(arguments: Sequence[str] | None = None, say=print) -> dict:
         tensorboard=options.tensorboard,
     )
     run = make_run(config, dataset, run_options, clock)
-    opening = finish.opening_lines(run, workdir)  # before there is a directory: it may refuse
-    source = _source(options, recipe)
+    # All that may refuse comes before there is a directory.
+    source, notices = _source(options, recipe), []
     if source is not None:
         start = initial.load(source, run.model, input_shape(recipe, config.dataset["image_shape"]))
         run.start_from(start.variables, start.record)
-        opening += [*start.notices, ""]
+        notices = [*start.notices, ""]
+    opening = [*finish.opening_lines(run, workdir), *notices]
     with open_workdir(workdir, run.config, overwrite=options.overwrite) as resume:
         summary = _complete(workdir, say) if resume else None
         if summary is not None:

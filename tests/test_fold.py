@@ -8,13 +8,14 @@ import numpy as np
 import optax
 import pytest
 
-from cifar_jax import feed, inference, steps
+from cifar_jax import feed, inference, initial, steps, weight_files
 from cifar_jax.errors import UserError
 from cifar_jax.models import fold
 from cifar_jax.models.fold import mean_of_normal_blocks, normal_blocks
 from cifar_jax.models.vgg import VGG
 from cifar_jax.optimizers import make_optimizer
 from cifar_jax.recipes import Recipe
+from cifar_jax.torch_weights import to_torch
 from cifar_jax.workdir import Config
 
 STEPS, BATCH, CHANNELS, HIDDEN = 20, 4, 6, 8
@@ -213,3 +214,23 @@ def test_a_runs_weights_unfold_from_its_seed():
         found[folded] = inference.unfolded(trained)["params"]
     # Linear weights are so small at first that a millionth of the largest is what counts.
     assert difference(found[True], found[False]) < 1e-5
+
+
+def test_weights_from_a_file_are_folded_and_unfold_again(tmp_path):
+    params = jax.tree.map(lambda x: np.asarray(x, np.float32), start())
+    path = tmp_path / "weights.safetensors"
+    weight_files.write(path, to_torch(params), {})
+    data = {"sizes": {"train": 4}, "class_names": ["a"] * 10, "image_shape": list(IMAGE)}
+    found = initial.load(path, model(True), IMAGE)
+    assert set(found.variables["params"]["classifier_0"]) == {"mean_kernel", "bias"}
+    moved = jax.tree.map(lambda x: jnp.asarray(x) + 0.25, found.variables["params"])
+    config = Config("vgg16_finetune", ADAM, 3, data, init_from=found.record)
+    trained = inference.Trained(config, model(True), {"params": moved}, None, 3, None, [])
+    back = inference.unfolded(trained)["params"]
+    assert difference(back, jax.tree.map(lambda x: x + np.float32(0.25), params)) < 1e-6
+    weight_files.write(path, to_torch(jax.tree.map(lambda x: 2 * x, params)), {}, overwrite=True)
+    with pytest.raises(UserError, match="has changed since"):
+        inference.unfolded(trained)
+    path.unlink()
+    with pytest.raises(UserError, match="takes the weights the run started from"):
+        inference.unfolded(trained)
