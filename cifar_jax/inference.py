@@ -13,7 +13,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cifar_jax import checkpoints, feed, from_recipe, parallel, report, steps
+from cifar_jax import (
+    checkpoints,
+    feed,
+    from_recipe,
+    layer_groups,
+    optimizers,
+    parallel,
+    report,
+    steps,
+)
 from cifar_jax.datasets import Dataset, Split
 from cifar_jax.errors import UserError
 from cifar_jax.models import fold, model_of
@@ -111,12 +120,14 @@ def unfolded(trained: Trained) -> dict[str, Any]:
     if not fold.is_folded(params):
         return trained.variables
     recipe, shrunk = config.recipe, 1.0
-    if recipe.weight_decay:
+    frozen = any(layer_groups.matches(fold.LAYER, prefix) for prefix in recipe.freeze)
+    if recipe.weight_decay and not frozen:
         optimizer = optimizers.make_optimizer(recipe, config.steps_per_epoch)
         shrunk = fold.spread(optimizer, trained.step, recipe.ema_decay)
     if config.init_from is None:
         key = feed.run_keys(config.seed)["state"]
-        params = unfold_initial(params, trained.model, key, config.dataset["image_shape"], shrunk)
+        shape = from_recipe.input_shape(recipe, config.dataset["image_shape"])
+        params = unfold_initial(params, trained.model, key, shape, shrunk)
     else:
         params = fold.unfold(params, jnp.asarray(_given_kernel(trained)), shrunk)
     return {**trained.variables, "params": params}
@@ -130,7 +141,8 @@ def _given_kernel(trained: Trained) -> np.ndarray:
     given = config.init_from
     what = f"{fold.LAYER} is folded, and to unfold it takes the weights the run started from"
     try:
-        found = initial.load(given["source"], model, tuple(config.dataset["image_shape"]))
+        shape = from_recipe.input_shape(config.recipe, config.dataset["image_shape"])
+        found = initial.load(given["source"], model, shape)
     except UserError as error:
         raise UserError(f"{what}: {error}") from None
     if found.record["sha256"] != given["sha256"]:
