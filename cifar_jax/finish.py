@@ -97,7 +97,7 @@ def vgg_lines(run: Run) -> list[str]:
     if run.config.init_from is None:
         lines.append(
             "warning: from random weights this network, which has no batch norm, tends to stay "
-            "at chance; start it from pretrained weights, or train vgg16_bn"
+            "at chance; give --pretrained imagenet, or train vgg16_bn"
         )
     return [*lines, ""]
 
