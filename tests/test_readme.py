@@ -5,7 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from tiny_data import NAMES, complete, tiny
+
+from cifar_jax import export, inference
+
+__all__ = ["complete", "tiny"]
 
 ROOT = Path(__file__).resolve().parents[1]
 BLOCKS = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
@@ -15,18 +21,40 @@ def test_there_is_an_example_of_ones_own_loop():
     assert any("train_step" in block and "eval_step" in block for block in BLOCKS)
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=[str(i) for i in range(len(BLOCKS))])
-def test_example_runs(block, cifar10, tmp_path):
-    """Where CIFAR-10 is prepared: the examples load it by name."""
+SERVING = [block for block in BLOCKS if "deserialize" in block]
+OTHERS = [block for block in BLOCKS if block not in SERVING]
+
+
+def run(block, folder):
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", block],
-        cwd=ROOT,
+        cwd=folder,
         capture_output=True,
         text=True,
         timeout=300,
         check=False,
     )
     assert done.returncode == 0, done.stderr
+    return done
+
+
+def test_the_example_of_serving_runs_on_what_export_writes(complete, tmp_path):
+    (block,) = SERVING
+    export.main([str(complete), str(tmp_path / "model.stablehlo")], say=id)
+    lines = run(block, tmp_path).stdout.splitlines()
+    (expected,) = np.asarray(inference.load(complete).logits(np.zeros((1, 32, 32, 3), np.uint8)))
+    shares = np.exp(expected) / np.exp(expected).sum()
+    assert len(lines) == 2
+    for line in lines:
+        name, share = line.rsplit(" ", 1)
+        assert name == NAMES[shares.argmax()]
+        assert float(share) == pytest.approx(shares.max(), rel=1e-5)
+
+
+@pytest.mark.parametrize("block", OTHERS, ids=[str(i) for i in range(len(OTHERS))])
+def test_example_runs(block, cifar10, tmp_path):
+    """Where CIFAR-10 is prepared: the examples load it by name."""
+    done = run(block, ROOT)
     if "train_step" in block:
         found = re.search(r"loss ([\d.]+), (\d+) of (\d+) right", done.stdout)
         loss, right, count = map(float, found.groups())

@@ -106,7 +106,8 @@ class Conv(nn.Module):
 
 def max_pool(x: jax.Array) -> jax.Array:
     """2x2 max pool of stride 2 of [N, H, W, C]; an odd last row or column is dropped."""
-    return lax.reduce_window(x, -jnp.inf, lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
+    # Flax's name for it, by keyword: jax2onnx (`export.py`) gets a bare `reduce_window` wrong.
+    return nn.max_pool(x, window_shape=(2, 2), strides=(2, 2))
 
 
 class BatchNorm(nn.Module):

@@ -1,0 +1,151 @@
+"""A trained model as one file for serving: `python -m cifar_jax.export runs/dropout-seed42 OUT`.
+
+uint8 images [batch, height, width, 3] of any batch size in, float32 probabilities [batch, classes]
+out; the weights and the normalisation are inside. OUT.json beside it says what the classes are.
+
+- `stablehlo`, the default: a `jax.export` artifact, which JAX alone runs on CPUs and NVIDIA GPUs.
+- `onnx`, where OUT ends in .onnx: through jax2onnx, which needs the extra `onnx`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from cifar_jax import cli
+from cifar_jax.errors import UserError, nearest, run_command
+
+FORMATS = ("stablehlo", "onnx")
+PLATFORMS = ("cpu", "cuda")
+# The newest that ONNX Runtime of two years ago reads; nothing here needs a later one.
+OPSET = 21
+
+
+def make_parser() -> cli.Parser:
+    parser = cli.Parser(prog="python -m cifar_jax.export", description=__doc__)
+    parser.add_argument("run", help="a run directory, its checkpoints, or one checkpoint")
+    parser.add_argument("out", help="file to write; OUT.json is written beside it")
+    parser.add_argument("--checkpoint", help="best, latest or a step (default: as the recipe says)")
+    parser.add_argument("--format", help="stablehlo or onnx (default: by the ending of OUT)")
+    parser.add_argument("--overwrite", action="store_true", help="replace files that are there")
+    return parser
+
+
+def serving_function(trained) -> Callable:
+    """Returns `images uint8 [N, H, W, 3] -> probabilities float32 [N, classes]`.
+
+    Args:
+      trained: an `inference.Trained`, loaded with `lowering="lax"` so that it runs anywhere.
+    """
+    import jax
+
+    from cifar_jax import steps
+
+    def probabilities(images):
+        logits = steps.predict_step(
+            trained.variables, images, model=trained.model, preprocess=trained.preprocess
+        )
+        return jax.nn.softmax(logits)
+
+    return probabilities
+
+
+def to_stablehlo(trained) -> bytes:
+    """Returns the serialized `jax.export.Exported` of a trained model, for `PLATFORMS`."""
+    import jax
+    import jax.numpy as jnp
+    from jax import export
+
+    (batch,) = export.symbolic_shape("batch")
+    images = jax.ShapeDtypeStruct((batch, *trained.config.dataset["image_shape"]), jnp.uint8)
+    exported = export.export(jax.jit(serving_function(trained)), platforms=PLATFORMS)(images)
+    return bytes(exported.serialize())
+
+
+def to_onnx(trained) -> bytes:
+    """Returns a trained model as an ONNX file's content: `images` in, `probabilities` out.
+
+    Raises:
+      UserError: jax2onnx is not installed.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    try:
+        import jax2onnx
+    except ImportError as error:
+        raise UserError(
+            f"ONNX files need the extra `onnx` (pip install '.[onnx]'): {error}; "
+            "the format stablehlo needs nothing"
+        ) from None
+    logging.getLogger("onnx_ir").setLevel(logging.ERROR)  # it warns of shapes it does not need
+    images = jax.ShapeDtypeStruct(("batch", *trained.config.dataset["image_shape"]), jnp.uint8)
+    model = jax2onnx.to_onnx(
+        serving_function(trained),
+        [images],
+        model_name=trained.config.recipe.model,
+        opset=OPSET,
+        input_names=["images"],
+        output_names=["probabilities"],
+    )
+    return model.SerializeToString()
+
+
+def describe(trained, kind: str, content: bytes) -> dict:
+    """Returns what OUT.json holds."""
+    from cifar_jax import records
+
+    config = trained.config
+    shape = config.dataset["image_shape"]
+    return {
+        "format": kind,
+        "sha256": hashlib.sha256(content).hexdigest(),
+        "model": config.recipe.model,
+        "dataset": config.dataset["name"],
+        "class_names": trained.class_names,
+        "image_shape": shape,
+        "input": f"uint8 [batch, {', '.join(map(str, shape))}], RGB from 0 to 255",
+        "output": f"float32 [batch, {len(trained.class_names)}], probabilities",
+        "normalize": config.recipe.normalize,
+        "precision": config.recipe.precision,
+        "step": trained.step,
+        "platforms": list(PLATFORMS) if kind == "stablehlo" else [],
+        "versions": records.environment()["versions"],
+    }
+
+
+def main(arguments: Sequence[str] | None = None, say=print) -> dict:
+    """Parses, exports, prints. Returns what OUT.json holds. Raises `UserError`."""
+    options = make_parser().parse(arguments)
+    from cifar_jax import inference
+    from cifar_jax.weight_files import check_target, replacing
+
+    kind = options.format or ("onnx" if options.out.lower().endswith(".onnx") else "stablehlo")
+    if kind not in FORMATS:
+        raise UserError(f"unknown --format {kind!r}; {nearest(kind, FORMATS)}")
+    out, beside = Path(options.out), Path(f"{options.out}.json")
+    for path in (out, beside):
+        check_target(path, options.overwrite)
+    which = cli.checkpoint_name(options.checkpoint)
+    trained = inference.load(options.run, which, lowering="lax")
+    for line in trained.notices:
+        say(f"warning: {line}")
+    content = (to_onnx if kind == "onnx" else to_stablehlo)(trained)
+    facts = describe(trained, kind, content)
+    with replacing(beside, overwrite=options.overwrite) as part:
+        part.write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        with replacing(out, overwrite=options.overwrite) as whole:
+            whole.write_bytes(content)
+    say(f"{facts['model']} after step {trained.step}, from {trained.directory}")
+    say(f"{facts['input']} -> {facts['output']}")
+    say(f"Written: {out} ({kind}, {len(content) / 1e6:.1f} MB) and {beside}")
+    return facts
+
+
+if __name__ == "__main__":
+    cli.stay_on_cpu()
+    sys.exit(run_command(main))
