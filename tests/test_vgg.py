@@ -165,7 +165,8 @@ def test_initialisation_is_torchvisions():
     kernel = np.asarray(normal_blocks(0.01)(jax.random.key(1), (49 * 8, 16)))
     assert kernel.std() == pytest.approx(0.01, rel=5 / math.sqrt(2 * kernel.size))
     assert len({block.tobytes() for block in kernel.reshape(49, 8, 16)}) == 49
-    params = jit(small().init)(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
+    few = small(layers=(4, "M"))
+    params = jit(few.init)(jax.random.key(0), jnp.zeros((1, 2, 2, 3)))["params"]
     assert all(not np.asarray(layer["bias"]).any() for layer in params.values())
     assert np.asarray(params["classifier_3"]["kernel"]).std() == pytest.approx(0.01, rel=0.15)
 
@@ -220,7 +221,7 @@ def test_full_size_in_float32():
             wanted = {name: weight.grad.numpy() for name, weight in theirs.named_parameters()}
             worst = max(off(to_torch(gradients), wanted).values())
             print(f"gradients: {worst:.1e}")
-            assert worst < 1e-2
+            assert worst < 1e-4
         params, moments = update(params, moments, gradients)
         del gradients
         optimizer.step()
@@ -228,4 +229,4 @@ def test_full_size_in_float32():
     wanted = {n: value.numpy() - start[n] for n, value in theirs.state_dict().items()}
     worst = max(off(ours, wanted).values())
     print(f"changes of ten steps: {worst:.1e}")
-    assert worst < 0.05
+    assert worst < 0.02
