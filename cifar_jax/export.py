@@ -82,7 +82,9 @@ def to_onnx(trained) -> bytes:
             f"ONNX files need the extra `onnx` (pip install '.[onnx]'): {error}; "
             "the format stablehlo needs nothing"
         ) from None
-    logging.getLogger("onnx_ir").setLevel(logging.ERROR)  # it warns of shapes it does not need
+    # They warn of parts of theirs that this JAX does not fit and that nothing here needs.
+    for name in ("onnx_ir", "jax2onnx"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     images = jax.ShapeDtypeStruct(("batch", *trained.config.dataset["image_shape"]), jnp.uint8)
     model = jax2onnx.to_onnx(
         serving_function(trained),
