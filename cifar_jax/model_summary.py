@@ -55,6 +55,8 @@ def summarise(
     """
     if hasattr(module, "lowering"):
         module = module.clone(lowering="lax")
+    if hasattr(module, "remat"):
+        module = module.clone(remat=False)
     image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     calls: dict[tuple[str, ...], tuple[str, tuple[int, ...]]] = {}
 

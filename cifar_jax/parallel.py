@@ -151,14 +151,23 @@ def predict_many(step: Callable, variables, images):
     return lax.map(lambda batch: step(variables, batch), images)
 
 
-def compiler_options() -> dict[str, Any]:
-    """Returns the XLA options every program here is compiled with, {} for none."""
+def compiler_options(remat: bool = False) -> dict[str, Any]:
+    """Returns the XLA options every program here is compiled with, {} for none.
+
+    XLA:CPU drops the barriers around what `jax.checkpoint` computes again, and then finds that it
+    has it already: with `remat` they are kept.
+    """
     from cifar_jax.models import lowering
 
-    return lowering.cpu_compiler_options()
+    options = lowering.cpu_compiler_options()
+    if remat and jax.default_backend() == "cpu":
+        options["xla_disable_hlo_passes"] = "cse_barrier_expander"
+    return options
 
 
-def compile_training(step: Callable, static_length: bool | None = None) -> Callable:
+def compile_training(
+    step: Callable, static_length: bool | None = None, remat: bool = False
+) -> Callable:
     """Returns `run(state, record, data, order, row, start, length) -> (state, record)`, jitted.
 
     Arguments as in `train_many`; state and record are donated. Any row, start and length share
@@ -171,7 +180,7 @@ def compile_training(step: Callable, static_length: bool | None = None) -> Calla
     def run(state, record, data, order, row, start, length):
         return train_many(step, state, record, data, order, row, start, length)
 
-    jitted = jax.jit(run, donate_argnums=(0, 1), compiler_options=compiler_options(), **static)
+    jitted = jax.jit(run, donate_argnums=(0, 1), compiler_options=compiler_options(remat), **static)
 
     def call(state, record, data, order, row: int, start: int, length: int):
         length = int(length) if static_length else np.int32(length)

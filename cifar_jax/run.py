@@ -99,7 +99,7 @@ def make_run(config: Config, dataset: Dataset, options: Options, clock: Clock) -
         validation=validation,
         keys=keys,
         create=parallel.compile_for_one_call(functools.partial(create, keys["state"])),
-        train_many=parallel.compile_training(step),
+        train_many=parallel.compile_training(step, remat=recipe.remat),
         evaluate=parallel.compile_evaluation(functools.partial(steps.eval_step, **inference)),
         predict=parallel.compile_prediction(functools.partial(steps.predict_step, **inference)),
     )

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import flax.linen as nn
 
-from cifar_jax.errors import lookup
+from cifar_jax.errors import UserError, lookup
 from cifar_jax.models.cnn import DeepCNN, DropoutCNN, TutorialCNN
 from cifar_jax.models.vgg import VGG, VGG11, VGG16, VGGBatchNorm
 
@@ -27,6 +27,10 @@ def make_model(name: str, num_classes: int = 10, **options) -> nn.Module:
 
 
 def model_of(recipe, num_classes: int, lowering: str = "auto") -> nn.Module:
-    """Returns the model that a `Recipe` trains. Raises `UserError` for an unknown name."""
+    """Returns the model that a `Recipe` trains. Raises `UserError` for an unknown name,
+    or `remat` where the model has no blocks."""
     model = make_model(recipe.model, num_classes, lowering=lowering)
-    return model.clone(fold=recipe.fold) if hasattr(model, "fold") else model
+    if recipe.remat and not hasattr(model, "remat"):
+        raise UserError(f"--remat: {recipe.model} has no blocks to compute again")
+    known = [name for name in ("fold", "remat") if hasattr(model, name)]
+    return model.clone(**{name: getattr(recipe, name) for name in known})

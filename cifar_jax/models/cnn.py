@@ -1,7 +1,8 @@
 """The small CNNs of the published write-ups, layer for layer.
 
 Every model maps images [N, H, W, C] (float, normalised) to logits [N, num_classes]; with
-`train=True` dropout draws from the rng stream `dropout`. Layer names are the PyTorch ones.
+`train=True` dropout draws from the rng stream `dropout`. Layer names are the PyTorch ones. With
+`remat` the backward pass computes each convolution again instead of keeping what is inside.
 """
 
 from __future__ import annotations
@@ -17,11 +18,13 @@ class TutorialCNN(nn.Module):
 
     num_classes: int = 10
     lowering: str = "auto"
+    remat: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        x = ConvRelu(6, 5, pool=True, lowering=self.lowering, name="conv1")(x)
-        x = ConvRelu(16, 5, pool=True, lowering=self.lowering, name="conv2")(x)
+        convolution = nn.remat(ConvRelu) if self.remat else ConvRelu
+        x = convolution(6, 5, pool=True, lowering=self.lowering, name="conv1")(x)
+        x = convolution(16, 5, pool=True, lowering=self.lowering, name="conv2")(x)
         x = Flatten(name="flatten")(x)
         x = nn.relu(Dense(120, name="fc1")(x))
         x = nn.relu(Dense(84, name="fc2")(x))
@@ -33,13 +36,15 @@ class DeepCNN(nn.Module):
 
     num_classes: int = 10
     lowering: str = "auto"
+    remat: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        x = ConvRelu(10, 5, lowering=self.lowering, name="conv1")(x)
-        x = ConvRelu(20, 5, lowering=self.lowering, name="conv2")(x)
-        x = ConvRelu(20, 5, lowering=self.lowering, name="conv3")(x)
-        x = ConvRelu(10, 5, pool=True, lowering=self.lowering, name="conv4")(x)
+        convolution = nn.remat(ConvRelu) if self.remat else ConvRelu
+        x = convolution(10, 5, lowering=self.lowering, name="conv1")(x)
+        x = convolution(20, 5, lowering=self.lowering, name="conv2")(x)
+        x = convolution(20, 5, lowering=self.lowering, name="conv3")(x)
+        x = convolution(10, 5, pool=True, lowering=self.lowering, name="conv4")(x)
         x = Flatten(name="flatten")(x)
         x = nn.relu(Dense(800, name="fc1")(x))
         x = nn.relu(Dense(400, name="fc2")(x))
@@ -53,12 +58,14 @@ class DropoutCNN(nn.Module):
     num_classes: int = 10
     dropout_rate: float = 0.25
     lowering: str = "auto"
+    remat: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        x = ConvRelu(16, 3, padding=1, pool=True, lowering=self.lowering, name="conv1")(x)
-        x = ConvRelu(32, 3, padding=1, pool=True, lowering=self.lowering, name="conv2")(x)
-        x = ConvRelu(64, 3, padding=1, pool=True, lowering=self.lowering, name="conv3")(x)
+        convolution = nn.remat(ConvRelu) if self.remat else ConvRelu
+        x = convolution(16, 3, padding=1, pool=True, lowering=self.lowering, name="conv1")(x)
+        x = convolution(32, 3, padding=1, pool=True, lowering=self.lowering, name="conv2")(x)
+        x = convolution(64, 3, padding=1, pool=True, lowering=self.lowering, name="conv3")(x)
         x = Flatten(name="flatten")(x)
         x = Dropout(self.dropout_rate, name="dropout1")(x, train)
         x = nn.relu(Dense(500, name="fc1")(x))

@@ -6,6 +6,7 @@ the lowering of the convolution.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -41,6 +42,16 @@ def kaiming_normal(key, shape, dtype=jnp.float32):
     """
     fan_out = shape[0] * shape[1] * shape[3]
     return math.sqrt(2 / fan_out) * jax.random.normal(key, shape, dtype)
+
+
+def block(remat: bool, function: Callable, module: nn.Module, x, **settings):
+    """Returns function(module, x, **settings), a part of `module`'s own `__call__`.
+
+    With `remat` only x is kept for the backward pass, which computes the inside again
+    (`jax.checkpoint`): less memory, more time, equal results.
+    """
+    call = functools.partial(function, **settings)
+    return nn.remat(call)(module, x) if remat else call(module, x)
 
 
 def _channels(x: jax.Array | Blocked) -> int:

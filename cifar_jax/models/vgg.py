@@ -20,6 +20,7 @@ from cifar_jax.models.layers import (
     ConvRelu,
     Dense,
     Dropout,
+    block,
     kaiming_normal,
     max_pool,
 )
@@ -65,6 +66,7 @@ class VGG(nn.Module):
     Attributes:
       layers: channels and pools.
       hidden: width of the two hidden linear layers.
+      remat: keep the blocks' outputs alone for the backward pass (`layers.block`).
       fold: train the first linear layer as the mean of its 49 blocks where the images are so
         small that the feature map is one pixel (`fold.py`); no effect on larger images.
     """
@@ -75,20 +77,26 @@ class VGG(nn.Module):
     dropout_rate: float = 0.5
     fold: bool = False
     lowering: str = "auto"
+    remat: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        for position, features, pool in numbered(self.layers, modules=2):
-            x = ConvRelu(
-                features,
-                3,
-                padding=1,
-                pool=pool,
-                lowering=self.lowering,
-                kernel_init=kaiming_normal,
-                bias_init=_ZEROS,
-                name=f"features_{position}",
-            )(x)
+        def convolutions(module, x, rows):
+            for position, features, pool in rows:
+                x = ConvRelu(
+                    features,
+                    3,
+                    padding=1,
+                    pool=pool,
+                    lowering=module.lowering,
+                    kernel_init=kaiming_normal,
+                    bias_init=_ZEROS,
+                    name=f"features_{position}",
+                )(x)
+            return x
+
+        for rows in blocks(self.layers, modules=2):
+            x = block(self.remat, convolutions, self, x, rows=rows)
         x = lowering.to_images(x)
         if x.shape[1:3] == (1, 1):
             first = RepeatedDense(self.hidden, LINEAR_STDDEV, self.fold, name="classifier_0")
@@ -110,29 +118,36 @@ class VGGBatchNorm(nn.Module):
 
     Attributes:
       layers: channels and pools.
+      remat: as in `VGG`.
       axis_name: as in `BatchNorm`.
     """
 
     num_classes: int = 10
     layers: tuple[int | str, ...] = VGG16
     lowering: str = "auto"
+    remat: bool = False
     axis_name: str | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        for position, features, pool in numbered(self.layers, modules=3):
-            x = Conv(
-                features,
-                3,
-                padding=1,
-                lowering=self.lowering,
-                kernel_init=kaiming_normal,
-                bias_init=_ZEROS,
-                name=f"features_{position}",
-            )(x)
-            norm = BatchNorm(axis_name=self.axis_name, name=f"features_{position + 1}")
-            x = nn.relu(norm(x, train))
-            x = max_pool(x) if pool else x
+        def convolutions(module, x, rows):
+            for position, features, pool in rows:
+                x = Conv(
+                    features,
+                    3,
+                    padding=1,
+                    lowering=module.lowering,
+                    kernel_init=kaiming_normal,
+                    bias_init=_ZEROS,
+                    name=f"features_{position}",
+                )(x)
+                norm = BatchNorm(axis_name=module.axis_name, name=f"features_{position + 1}")
+                x = nn.relu(norm(x, train))
+                x = max_pool(x) if pool else x
+            return x
+
+        for rows in blocks(self.layers, modules=3):
+            x = block(self.remat, convolutions, self, x, rows=rows)
         return _linear(self.num_classes, "classifier")(x.mean(axis=(1, 2)))
 
 
@@ -150,6 +165,16 @@ def numbered(layers: tuple[int | str, ...], modules: int) -> list[tuple[int, int
             result.append((position, layer, following == "M"))
             position += modules
     return result
+
+
+def blocks(layers: tuple[int | str, ...], modules: int) -> list[list[tuple[int, int, bool]]]:
+    """Returns `numbered`, cut after each pool: what `remat` computes again at a time."""
+    result = [[]]
+    for row in numbered(layers, modules):
+        result[-1].append(row)
+        if row[2]:
+            result.append([])
+    return [rows for rows in result if rows]
 
 
 def _linear(features: int, name: str, init=_NORMAL) -> Dense:
