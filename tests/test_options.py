@@ -302,7 +302,7 @@ def test_options_together_in_bfloat16():
 def test_a_run_with_every_option(tiny, tmp_path):
     options = words(
         "--recipe adam --conv lax --batch-size 60 --epochs 1 --no-plots --normalize imagenet "
-        "--resize 20 --freeze conv --rate-scale fc1=0.1,fc3=2 --accumulate 4"
+        "--resize 20 --freeze conv --rate-scale fc1=0.1,fc3=2 --accumulate 4 --remat"
     )
     where = ["--data-dir", str(tiny), "--workdir", str(tmp_path / "run")]
     with pytest.raises(UserError, match=r"--freeze: no layer begins with 'features'.*conv1"):
@@ -311,7 +311,10 @@ def test_a_run_with_every_option(tiny, tmp_path):
     lines = []
     summary = train.main([*options, *where], say=lines.append)
     said = "\n".join(lines)
-    assert "resized to 20x20, frozen conv, rates fc1=0.1 fc3=2, 4 parts a batch" in said
+    assert (
+        "resized to 20x20, frozen conv, rates fc1=0.1 fc3=2, 4 parts a batch, rematerialised"
+        in said
+    )
     assert summary["recipe"]["rate_scale"] == ["fc1=0.1", "fc3=2"]
     trained = inference.load(tmp_path / "run")
     create = from_recipe.state_maker(trained.config.recipe, trained.model, 8, (32, 32, 3))

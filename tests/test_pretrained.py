@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from tiny_data import tiny, words
 
-from cifar_jax import inference, make_model, pretrained, train, weight_files
+from cifar_jax import inference, initial, make_model, pretrained, train, weight_files
 from cifar_jax.errors import UserError
 from cifar_jax.torch_weights import torch_shapes
 
@@ -160,3 +160,29 @@ def test_a_run_starts_from_published_weights(published, tiny, tmp_path):
     assert again["init_from"]["redrawn"] == ["fc3"]
     with pytest.raises(UserError, match="both name weights"):
         train.main([*options, *where, "--pretrained", "imagenet", "--init-from", "x"], say=id)
+
+
+@pytest.mark.slow
+def test_the_full_size_vgg16(tmp_path, monkeypatch):
+    """528 MiB of the published names and shapes, folded on the way in, the head drawn anew."""
+    pytest.importorskip("torch", reason="the published files are PyTorch's own format")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    folder = pretrained.cache_dir()
+    folder.mkdir(parents=True)
+    state = write_weights(folder / "vgg16.pth", make_model("vgg16", 1000))
+    assert len(state) == 32
+    assert sum(value.size for value in state.values()) == 138_357_544
+    assert state["classifier.0.weight"].shape == (4096, 25088)
+    digest = hashlib.sha256((folder / "vgg16.pth").read_bytes()).hexdigest()
+    name = f"vgg16-{digest[:8]}.pth"
+    (folder / "vgg16.pth").rename(folder / name)
+    monkeypatch.setattr(pretrained, "PUBLISHED", {"vgg16": {"imagenet": f"http://none/{name}"}})
+    path = find(model="vgg16")
+    start = initial.load(path, make_model("vgg16", fold=True), (32, 32, 3))
+    assert start.record["redrawn"] == ["classifier_6"]
+    assert "classifier_6" not in start.variables["params"]
+    layer = start.variables["params"]["classifier_0"]
+    want = state["classifier.0.weight"].reshape(4096, 512, 49).mean(axis=2).T
+    np.testing.assert_allclose(layer["mean_kernel"], want, atol=1e-6)
+    first = start.variables["params"]["features_0"]["kernel"]
+    np.testing.assert_array_equal(first, state["features.0.weight"].transpose(2, 3, 1, 0))
