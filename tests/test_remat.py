@@ -1,0 +1,91 @@
+"""Rematerialisation: less memory, the same numbers, the same parameters."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cifar_jax import from_recipe, parallel
+from cifar_jax.errors import UserError
+from cifar_jax.models import MODELS, model_of
+from cifar_jax.models.layers import BatchNorm, ConvRelu, Dense, block
+from cifar_jax.recipes import Recipe
+
+
+class Blocks(nn.Module):
+    """Blocks of convolutions that hold far more inside than at their ends."""
+
+    remat: bool = False
+
+    @nn.compact
+    def __call__(self, x, train: bool = False):
+        def convolutions(module, x, first):
+            for i in range(first, first + 4):
+                x = ConvRelu(8, 3, padding=1, lowering="lax", name=f"conv{i}")(x)
+            return BatchNorm(name=f"norm{first}")(x, train)
+
+        for first in (0, 4, 8):
+            x = block(self.remat, convolutions, self, x, first=first)
+        return Dense(5, name="fc")(x.mean(axis=(1, 2)))
+
+
+def test_rematerialising_saves_memory_and_changes_nothing():
+    recipe = Recipe(learning_rate=0.1)
+    images = np.random.default_rng(0).integers(0, 256, (16, 32, 32, 3), np.uint8)
+    mask = np.arange(16) < 11  # batch normalisation must see it inside a block too
+    batch = {"image": images, "label": np.zeros(16, np.int32), "mask": mask}
+    found = {}
+    for remat in (False, True):
+        model = Blocks(remat)
+        create = from_recipe.state_maker(recipe, model, 4, (32, 32, 3))
+        step = jax.jit(
+            from_recipe.step_of(recipe, model, 4), compiler_options=parallel.compiler_options(remat)
+        )
+        state = jax.jit(create)(jax.random.key(0))
+        compiled = step.lower(state, batch).compile()
+        memory = compiled.memory_analysis().temp_size_in_bytes
+        after = compiled(state, batch)[0]
+        found[remat] = (after.params, after.batch_stats), memory
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6),
+        found[True][0],
+        found[False][0],
+    )
+    assert found[True][1] < 0.6 * found[False][1], "nothing is computed again"
+
+
+@pytest.mark.parametrize("name", ["tutorial_cnn", "vgg16_bn"])
+def test_models_rematerialise(name):
+    """The same parameters by name, and as many convolutions again in the backward pass."""
+    images = jnp.zeros((2, 32, 32, 3))
+    counts, shapes = {}, {}
+    for remat in (False, True):
+        model = model_of(Recipe(model=name, remat=remat), 10, "lax")
+        shapes[remat] = jax.eval_shape(model.init, jax.random.key(0), images)
+
+        def loss(params, stats, model=model):
+            variables = {"params": params, "batch_stats": stats}
+            return model.apply(variables, images, train=True, mutable=["batch_stats"])[0].sum()
+
+        variables = shapes[remat]
+        program = jax.make_jaxpr(jax.grad(loss))(
+            variables["params"], variables.get("batch_stats", {})
+        )
+        counts[remat] = str(program).count("= conv_general_dilated[")
+    assert jax.tree.map(jnp.shape, shapes[True]) == jax.tree.map(jnp.shape, shapes[False])
+    layers = sum("conv" in layer or "features" in layer for layer in shapes[True]["params"])
+    layers = 13 if name == "vgg16_bn" else layers
+    assert counts[True] == counts[False] + layers
+
+
+class Plain(nn.Module):
+    """A model without blocks."""
+
+
+def test_models_without_blocks_say_so(monkeypatch):
+    monkeypatch.setitem(MODELS, "tiny", lambda num_classes, lowering: Plain())
+    with pytest.raises(UserError, match="--remat: tiny has no blocks"):
+        model_of(Recipe(model="tiny", remat=True), 5)
