@@ -174,12 +174,16 @@ def seeds_from(text: str) -> list[int]:
     return seeds
 
 
-def seeds_done(path: Path, recipe: dict, peer: str) -> set[int]:
-    """Returns the seeds that `path` holds for this recipe, exactly as it is set, and peer."""
+def seeds_done(path: Path, recipe: Recipe, peer: str) -> set[int]:
+    """Returns the seeds that `path` holds for this recipe, exactly as it is set, and peer.
+
+    A setting that a line does not know had its default when the line was written.
+    """
     if not path.exists():
         return set()
     rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
-    return {row["seed"] for row in rows if (row["settings"], row["peer"]) == (recipe, peer)}
+    rows = [row for row in rows if row["peer"] == peer]
+    return {row["seed"] for row in rows if Recipe.from_dict(row["settings"]) == recipe}
 
 
 def main() -> None:
@@ -218,7 +222,7 @@ def main() -> None:
     if args.probe_workers:
         print(probe_workers(recipe, data.splits["train"]))
         return
-    done = seeds_done(args.out, recipe.to_dict(), args.peer)
+    done = seeds_done(args.out, recipe, args.peer)
     for seed in seeds:
         if seed in done:
             print(f"{args.recipe} seed {seed}: already in {args.out}", file=sys.stderr)
