@@ -167,13 +167,13 @@ def stay_on_cpu() -> None:
     jax.config.update("jax_platforms", "cpu")
 
 
-def checkpoint_name(text: str | None, option: str = "--checkpoint") -> str | int | None:
-    """Parses best, latest, a step, or None. Raises `UserError`, naming the option."""
+def checkpoint_name(text: str | None) -> str | int | None:
+    """Parses `--checkpoint`: best, latest, a step, or None. Raises `UserError`."""
     if text is None or text in ("best", "latest"):
         return text
     if text.isdigit():
         return int(text)
-    raise UserError(f"{option} must be best, latest or a step, got {text!r}")
+    raise UserError(f"--checkpoint must be best, latest or a step, got {text!r}")
 
 
 def load_data(options: argparse.Namespace, name: str, splits: Sequence[str] = ("train", "test")):

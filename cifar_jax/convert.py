@@ -20,9 +20,7 @@ def make_parser() -> cli.Parser:
     parser = cli.Parser(prog="python -m cifar_jax.convert", description=__doc__)
     parser.add_argument("source", help="a run directory, a checkpoint in one, or a file of weights")
     parser.add_argument("out", help="file to write: .safetensors, .pth or .pt")
-    parser.add_argument(
-        "--which", help="checkpoint of a run: best, latest or a step (default: as the recipe says)"
-    )
+    parser.add_argument("--checkpoint", help="best, latest or a step (default: as the recipe says)")
     parser.add_argument("--overwrite", action="store_true", help="replace the file if it is there")
     return parser
 
@@ -34,7 +32,7 @@ def main(arguments: Sequence[str] | None = None, say=print) -> dict:
 
     weight_files.check_ending(options.out)
     weight_files.check_target(options.out, options.overwrite)
-    which = cli.checkpoint_name(options.which, option="--which")
+    which = cli.checkpoint_name(options.checkpoint)
     if Path(options.source).is_dir():
         trained, weights = initial.of_run(options.source, which)
         recipe, step = trained.config.recipe, trained.step

@@ -53,7 +53,7 @@ def files(complete, tmp_path_factory):
     folder = tmp_path_factory.mktemp("files")
     for name in ("best.safetensors", "best.pth"):
         converted(complete, folder / name)
-    converted(complete, folder / "earlier.safetensors", "--which", str(EARLIER))
+    converted(complete, folder / "earlier.safetensors", "--checkpoint", str(EARLIER))
     return folder
 
 
@@ -80,7 +80,7 @@ def test_which_checkpoint(complete, files, tmp_path):
     earlier = weight_files.read(files / "earlier.safetensors").state
     for which in ("best", "latest"):
         trained = inference.load(complete, which)
-        result, lines = converted(complete, tmp_path / f"{which}.pth", "--which", which)
+        result, lines = converted(complete, tmp_path / f"{which}.pth", "--checkpoint", which)
         assert result["sha256"] == weight_files.content_hash(to_torch(**trained.variables))
         assert result["sha256"] != weight_files.content_hash(earlier)
         assert lines[-1].startswith(f"tutorial_cnn after step {trained.step}, from ")
@@ -235,9 +235,9 @@ def test_going_on_with_other_weights_is_refused(complete, files, tiny, tmp_path)
         ("convert run out.h5", "ends in .safetensors, .pth, .pt"),
         ("convert run nosuch/out.pth", "there is no directory nosuch"),
         ("convert run there.pth", "there.pth is there already; give --overwrite"),
-        ("convert run out.pth --which bets", "--which must be best, latest or a step"),
-        ("convert run out.pth --which 999", "no checkpoint of step 999"),
-        ("convert there.pth out.pth --which best", "there.pth is no run directory"),
+        ("convert run out.pth --checkpoint bets", "--checkpoint must be best, latest or a step"),
+        ("convert run out.pth --checkpoint 999", "no checkpoint of step 999"),
+        ("convert there.pth out.pth --checkpoint best", "there.pth is no run directory"),
         ("convert there.pth out.pth", "there.pth is damaged or no PyTorch file"),
         ("convert empty out.pth", "no checkpoint in"),
         ("convert run", "required: out"),
