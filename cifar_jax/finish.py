@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import jax
 import numpy as np
 
 from cifar_jax import augment, feed, inference, records, report, steps
@@ -89,7 +88,7 @@ def vgg_lines(run: Run) -> list[str]:
     if run.config.recipe.model != "vgg16":
         return []
     lines = []
-    if fold.is_folded(jax.eval_shape(run.create).params):
+    if fold.is_folded(run.shapes.params):
         lines.append(
             f"{fold.LAYER} is folded: its {fold.BLOCKS} equal blocks are trained as one, exactly "
             "(--no-fold trains them all)"

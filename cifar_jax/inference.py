@@ -159,7 +159,9 @@ def unfold_initial(
         return params
     draw = functools.partial(fold.initial_kernel, model, image_shape=tuple(image_shape))
     init_key = jax.random.split(key)[0]  # as `create_state` splits it
-    return fold.unfold(params, parallel.compile_for_one_call(draw)(init_key), spread)
+    numbers = fold.BLOCKS * params[fold.LAYER][fold.MEAN_KERNEL].size
+    draw = parallel.compile_for_one_call(draw, numbers)
+    return fold.unfold(params, draw(init_key), spread)
 
 
 def evaluate_split(

@@ -200,11 +200,17 @@ def compile_prediction(step: Callable) -> Callable:
     return jax.jit(functools.partial(predict_many, step), compiler_options=compiler_options())
 
 
-def compile_for_one_call(function: Callable) -> Callable:
-    """Returns `function`, jitted with as little work for the compiler as it may do.
+# Above so many numbers drawn, a CPU gains more from an optimised program than compiling it costs.
+QUICK_NUMBERS = 4_000_000
+
+
+def compile_for_one_call(function: Callable, numbers: int = 0) -> Callable:
+    """Returns `function`, jitted for one call that makes about so many numbers.
 
     On a CPU the programs of random numbers take LLVM longer to optimise than to run unoptimised:
-    drawing dropout_cnn's weights 2.5 s of one core instead of 13 s (last bits may differ).
+    drawing dropout_cnn's weights 2.5 s of one core instead of 13 s (last bits may differ). Large
+    networks are the other way round.
     """
-    quick = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else {}
-    return jax.jit(function, compiler_options=quick)
+    quick = numbers < QUICK_NUMBERS and jax.default_backend() == "cpu"
+    options = {"xla_backend_optimization_level": 0} if quick else {}
+    return jax.jit(function, compiler_options=options)

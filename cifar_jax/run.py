@@ -39,7 +39,7 @@ class Options:
 
 @dataclasses.dataclass
 class Run:
-    """A run's constant parts: what `train`'s phases share."""
+    """A run's constant parts: what `train`'s phases share; `shapes` is the state's, abstract."""
 
     config: Config
     dataset: Dataset
@@ -49,6 +49,7 @@ class Run:
     training: np.ndarray
     validation: np.ndarray
     keys: dict[str, jax.Array]
+    shapes: steps.TrainState
     create: Callable[..., steps.TrainState]
     train_many: Callable
     evaluate: Callable
@@ -57,7 +58,7 @@ class Run:
 
     @property
     def parameters(self) -> int:
-        return sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(self.create).params))
+        return _numbers(self.shapes.params)
 
     def start_from(self, variables: dict, record: dict) -> None:
         """Starts from these variables in place of drawn ones (`initial.Initial`)."""
@@ -87,6 +88,8 @@ def make_run(config: Config, dataset: Dataset, options: Options, clock: Clock) -
     image_shape = dataset.splits["train"].images.shape[1:]
     from_recipe.check_layers(recipe, model, image_shape)
     create = from_recipe.state_maker(recipe, model, config.steps_per_epoch, image_shape)
+    create = functools.partial(create, keys["state"])
+    shapes = jax.eval_shape(create)
     step = from_recipe.step_of(recipe, model, config.steps_per_epoch)
     inference = {"model": model, "preprocess": from_recipe.preprocess_of(recipe)}
     return Run(
@@ -98,8 +101,13 @@ def make_run(config: Config, dataset: Dataset, options: Options, clock: Clock) -
         training=training,
         validation=validation,
         keys=keys,
-        create=parallel.compile_for_one_call(functools.partial(create, keys["state"])),
+        shapes=shapes,
+        create=parallel.compile_for_one_call(create, _numbers(shapes.params)),
         train_many=parallel.compile_training(step, remat=recipe.remat),
         evaluate=parallel.compile_evaluation(functools.partial(steps.eval_step, **inference)),
         predict=parallel.compile_prediction(functools.partial(steps.predict_step, **inference)),
     )
+
+
+def _numbers(tree: Any) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))

@@ -122,7 +122,7 @@ def _begin(run: Run, checkpoints: Checkpoints, log: MetricsLog, say: Print, resu
     """Returns the position to train from: the newest good checkpoint, or the start."""
     if resume and checkpoints.committed():
         record = jax.eval_shape(lambda: parallel.empty_record(run.steps_per_epoch))
-        abstract = _payload(jax.eval_shape(run.create), record)
+        abstract = _payload(run.shapes, record)
         with run.clock("restoring"):
             try:
                 found = checkpoints.restore(abstract)
