@@ -66,10 +66,13 @@ class Ours(Side):
         a dispatch.
       lowering: the convolutions' (`auto`, `lax`, `gemm`, `winograd`).
       fold: whether VGG16's first linear layer is folded.
+      devices: local devices that share a batch, as `cifar_jax.train --devices`.
     """
 
-    def __init__(self, form: str = "scan", lowering: str = "auto", fold: bool = True):
-        self.form, self.lowering, self.fold = form, lowering, fold
+    def __init__(
+        self, form: str = "scan", lowering: str = "auto", fold: bool = True, devices: str = "auto"
+    ):
+        self.form, self.lowering, self.fold, self.devices = form, lowering, fold, devices
 
     def prepare(self, case: Case, dataset, precision: str, weights: Path, seconds: float) -> dict:
         """Builds the case and writes the initial weights to `weights` (.npz)."""
@@ -82,7 +85,9 @@ class Ours(Side):
 
         recipe = case.settings(precision).replace(fold=self.fold)
         config = Config(case.recipe, recipe, 0, describe_data(dataset))
-        self.run = run = make_run(config, dataset, Options(lowering=self.lowering), Clock())
+        self.run = run = make_run(
+            config, dataset, Options(lowering=self.lowering, devices=self.devices), Clock()
+        )
         compiled = compile_seconds()
         self.state = run.create()
         flat = {
@@ -93,7 +98,8 @@ class Ours(Side):
         np.savez(weights, **flat)
         start = time.perf_counter()
         split = dataset.splits["train" if case.kind == "train" else "test"]
-        self.data = jax.block_until_ready(feed.to_device(split.images, split.labels))
+        where = parallel.everywhere(run.mesh) if case.kind == "train" else None
+        self.data = jax.block_until_ready(feed.to_device(split.images, split.labels, where))
         data_seconds = time.perf_counter() - start
         if case.kind == "train":
             order = full_batches(len(split), case.batch_size)
@@ -142,7 +148,7 @@ class Ours(Side):
                 optimizer=optimizers.make_optimizer(recipe, self.run.steps_per_epoch),
                 preprocess=steps.make_preprocess(recipe.normalize, (), recipe.precision),
             )
-            train_many = parallel.compile_training(step)
+            train_many = parallel.compile_training(step, mesh=self.run.mesh)
         count = min(compared_steps(recipe), self.rows)
         copy, record = jax.tree.map(jnp.copy, self.state), parallel.empty_record(self.rows)
         _, record = train_many(copy, record, self.data, self.order, 0, 0, count)

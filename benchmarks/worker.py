@@ -26,8 +26,9 @@ class Worker:
     """The driver's end of a worker process.
 
     Args:
-      side: `ours`, `ours-step`, `ours-LOWERING`, `ours-step-LOWERING`, or a PyTorch peer's name;
-        any of them with `@N` for a number of processors of its own, such as `eager@1`.
+      side: `ours`, `ours-step`, `ours-one` (one device), `ours-unfolded`, `ours-LOWERING`,
+        several such words (`ours-step-lax`), or a PyTorch peer's name; any of them with `@N`
+        for a number of processors of its own, such as `eager@1`.
       options: of `add_options`, by name, for the worker's command line.
     """
 
@@ -92,8 +93,13 @@ def make_side(name: str, device: str):
         return PyTorch(name, "cuda" if device == "gpu" else "cpu")
     words = name.split("-")[1:]
     form = "step" if "step" in words else "scan"
-    lowerings = [word for word in words if word not in ("step", "unfolded")]
-    return Ours(form, lowerings[0] if lowerings else "auto", fold="unfolded" not in words)
+    lowerings = [word for word in words if word not in ("step", "unfolded", "one")]
+    return Ours(
+        form,
+        lowerings[0] if lowerings else "auto",
+        fold="unfolded" not in words,
+        devices="1" if "one" in words else "auto",
+    )
 
 
 def describe(side: str) -> dict:

@@ -143,6 +143,9 @@ def add_device_options(parser: Parser) -> None:
     """Adds where and how it runs."""
     group = parser.add_argument_group("device")
     group.add_argument("--device", default="auto", help="auto, cpu, gpu or tpu")
+    group.add_argument(
+        "--devices", default="auto", help="devices that share a batch: auto, all or a number"
+    )
     group.add_argument("--conv", default="auto", help="convolutions: auto, lax, gemm or winograd")
 
 

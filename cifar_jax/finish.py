@@ -43,6 +43,7 @@ def summarize(run: Run, trained: dict, found: dict) -> dict:
         "validation_images": len(run.validation),
         "feed": run.options.feed,
         "lowering": run.options.lowering,
+        "devices_sharing_a_batch": run.devices,
         "precision": recipe.precision,
         "parameters": run.parameters,
         **trained,
@@ -62,6 +63,8 @@ def opening_lines(run: Run, workdir: Path) -> list[str]:
     where = f"{device['count']} x {device['kind']} ({device['platform']})"
     if device["platform"] == "cpu":
         where = f"cpu, {cpu['usable']} cores ({cpu['model']})"
+    if run.devices > 1:
+        where += f", {run.devices} devices share each batch"
     train = len(run.training)
     tested = len(run.dataset.splits["test"].labels)
     split = f"{train:,} training, {len(run.validation):,} validation, {tested:,} test images"

@@ -192,12 +192,14 @@ def evaluate_split(
     return found, probabilities[:size]
 
 
-def programs(trained: Trained) -> tuple[Callable, Callable]:
-    """Returns the compiled (evaluate, predict) of a trained model."""
+def programs(trained: Trained, devices: int = 1) -> tuple[Callable, Callable]:
+    """Returns the compiled (evaluate, predict) of a trained model; so many local devices share a
+    batch."""
+    mesh = parallel.data_mesh(devices)
     parts = {"model": trained.model, "preprocess": trained.preprocess}
     return (
-        parallel.compile_evaluation(functools.partial(steps.eval_step, **parts)),
-        parallel.compile_prediction(functools.partial(steps.predict_step, **parts)),
+        parallel.compile_evaluation(functools.partial(steps.eval_step, **parts), mesh),
+        parallel.compile_prediction(functools.partial(steps.predict_step, **parts), mesh),
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from cifar_jax import augment, feed, from_recipe, parallel, steps
 from cifar_jax.clock import Clock
@@ -25,6 +26,7 @@ class Options:
     Attributes:
       feed: `resident` or `stream`.
       lowering: how convolutions are computed; results differ in rounding only.
+      devices: local devices that share a batch (`parallel.choose_devices`); likewise.
       save_minutes: minutes between two saves within an epoch.
       plots: whether to draw the pictures at the end.
       tensorboard: whether to write TensorBoard events too.
@@ -32,6 +34,7 @@ class Options:
 
     feed: str = "resident"
     lowering: str = "auto"
+    devices: str = "1"
     save_minutes: float = 5.0
     plots: bool = True
     tensorboard: bool = False
@@ -50,6 +53,7 @@ class Run:
     validation: np.ndarray
     keys: dict[str, jax.Array]
     shapes: steps.TrainState
+    mesh: Mesh | None
     create: Callable[..., steps.TrainState]
     train_many: Callable
     evaluate: Callable
@@ -64,6 +68,11 @@ class Run:
         """Starts from these variables in place of drawn ones (`initial.Initial`)."""
         self.config = dataclasses.replace(self.config, init_from=record)
         self.initial = variables
+
+    @property
+    def devices(self) -> int:
+        """How many devices share a training batch."""
+        return 1 if self.mesh is None else self.mesh.size
 
     @property
     def steps_per_epoch(self) -> int:
@@ -91,6 +100,9 @@ def make_run(config: Config, dataset: Dataset, options: Options, clock: Clock) -
     create = functools.partial(create, keys["state"])
     shapes = jax.eval_shape(create)
     step = from_recipe.step_of(recipe, model, config.steps_per_epoch)
+    mesh = parallel.data_mesh(parallel.choose_devices(options.devices, recipe.batch_size))
+    shared = parallel.choose_devices(options.devices, recipe.eval_batch_size)
+    eval_mesh = parallel.data_mesh(shared)
     inference = {"model": model, "preprocess": from_recipe.preprocess_of(recipe)}
     return Run(
         config=config,
@@ -102,10 +114,15 @@ def make_run(config: Config, dataset: Dataset, options: Options, clock: Clock) -
         validation=validation,
         keys=keys,
         shapes=shapes,
+        mesh=mesh,
         create=parallel.compile_for_one_call(create, _numbers(shapes.params)),
-        train_many=parallel.compile_training(step, remat=recipe.remat),
-        evaluate=parallel.compile_evaluation(functools.partial(steps.eval_step, **inference)),
-        predict=parallel.compile_prediction(functools.partial(steps.predict_step, **inference)),
+        train_many=parallel.compile_training(step, mesh=mesh, remat=recipe.remat),
+        evaluate=parallel.compile_evaluation(
+            functools.partial(steps.eval_step, **inference), eval_mesh
+        ),
+        predict=parallel.compile_prediction(
+            functools.partial(steps.predict_step, **inference), eval_mesh
+        ),
     )
 
 

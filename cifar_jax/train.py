@@ -117,6 +117,7 @@ def main(arguments: Sequence[str] | None = None, say=print) -> dict:
     run_options = Options(
         feed=options.feed,
         lowering=options.conv,
+        devices=options.devices,
         save_minutes=options.save_minutes,
         plots=not options.no_plots,
         tensorboard=options.tensorboard,

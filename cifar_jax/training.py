@@ -156,7 +156,7 @@ def _resident(run: Run) -> dict[str, jax.Array] | None:
     split = run.dataset.splits["train"]
     with run.clock("data"):
         if run.options.feed == "resident":
-            return feed.to_device(split.images, split.labels)
+            return feed.to_device(split.images, split.labels, parallel.everywhere(run.mesh))
         # Validation reads its own images only; positions are then 0, 1, 2 ...
         return feed.to_device(split.images[run.validation], split.labels[run.validation])
 
@@ -218,10 +218,10 @@ class _Loop:
                 yield length, self.data, order, start
                 start += length
             return
-        per_chunk = self.chunks.streamed(order.shape[1])
+        per_chunk, where = self.chunks.streamed(order.shape[1]), parallel.everywhere(run.mesh)
         source = record_source(run.dataset.splits["train"])
         for data, rows, length in feed.stream(source, order, start, per_chunk):
-            yield length, jax.device_put(data), jax.device_put(rows), 0
+            yield length, jax.device_put(data, where), jax.device_put(rows), 0
 
     def _after_chunk(self, at: Position, host: dict, before: int, order: np.ndarray) -> None:
         run, recipe = self.run, self.recipe

@@ -2,6 +2,7 @@
 
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 from cifar_jax import feed, parallel
 from cifar_jax.errors import UserError
 from cifar_jax.models import MODELS
+from cifar_jax.models.layers import Dense, Dropout
 from cifar_jax.steps import create_state, eval_step, make_preprocess, predict_step, train_step
 
 BATCH, STEPS = 8, 2
@@ -272,3 +274,77 @@ def test_devices_are_asked_for_by_name():
     with pytest.raises(UserError, match="did you mean 'gpu'"):
         parallel.select_platform("gpuu")
     assert parallel.describe_device().startswith(f"{jax.device_count()} x ")
+
+
+# Programs over several devices: a network with dropout whose batches do not divide.
+
+
+class Small(nn.Module):
+    """Dense, dropout, dense."""
+
+    dropout_rate: float = 0.5
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = nn.relu(Dense(16, name="fc1")(x.reshape(x.shape[0], -1)))
+        return Dense(5, name="fc2")(Dropout(self.dropout_rate)(x, train))
+
+
+SMALL = {"model": Small(), "optimizer": optax.sgd(0.1, momentum=0.9)}
+
+
+@functools.cache
+def epoch_over(devices):
+    """State, record, evaluation's sums and logits of one epoch of batches of 13 (the last of 11)
+    on so many devices."""
+    mesh = parallel.data_mesh(devices)
+    rng = np.random.default_rng(0)
+    images, labels = rng.integers(0, 256, (50, 4, 4, 3), np.uint8), rng.integers(0, 5, 50)
+    data = feed.to_device(images, labels, parallel.everywhere(mesh))
+    order = feed.epoch_order(jax.random.key(0), 1, np.arange(50, dtype=np.int32), 13)
+    program = parallel.compile_training(functools.partial(train_step, **SMALL), mesh=mesh)
+    state, record = (
+        create_state(SMALL["model"], SMALL["optimizer"], jax.random.key(1), image_shape=(4, 4, 3)),
+        parallel.empty_record(len(order)),
+    )
+    for start, length in ((0, 1), (1, 3)):
+        state, record = program(state, record, data, jnp.asarray(order), start, start, length)
+    assert program.jitted._cache_size() <= 2  # a state not yet on the mesh, then one that is
+    model = {"model": SMALL["model"]}
+    variables = {"params": state.params}
+    evaluate = parallel.compile_evaluation(functools.partial(eval_step, **model), mesh)
+    predict = parallel.compile_prediction(functools.partial(predict_step, **model), mesh)
+    found = evaluate(variables, feed.to_device(images, labels), feed.batches(np.arange(50), 7))
+    logits = predict(variables, images.reshape(10, 5, 4, 4, 3))
+    return jax.device_get((state.params, record, found, logits))
+
+
+@pytest.mark.parametrize("devices", [2, 4, 8])
+def test_a_run_is_the_same_on_any_number_of_devices(devices):
+    """Also where a batch does not divide, and the last devices have nothing but padding."""
+    params, record, found, logits = epoch_over(devices)
+    want_params, want_record, want_found, want_logits = epoch_over(1)
+    np.testing.assert_array_equal(record["count"], [13, 13, 13, 11])
+    np.testing.assert_array_equal(record["correct"], want_record["correct"])
+    np.testing.assert_allclose(record["loss"], want_record["loss"], rtol=1e-5)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), params, want_params
+    )
+    assert found["count"] == 50
+    np.testing.assert_array_equal(found["confusion"], want_found["confusion"])
+    assert found["loss"] == pytest.approx(want_found["loss"], rel=1e-5)
+    assert logits.shape == (10, 5, 5)
+    np.testing.assert_allclose(logits, want_logits, atol=1e-5)
+
+
+def test_devices_that_share_a_batch():
+    assert parallel.choose_devices("3", 4) == 3
+    assert parallel.choose_devices("all", 4) == jax.local_device_count() == 8
+    assert parallel.choose_devices("auto", 4) == 1
+    assert parallel.choose_devices("auto", 128) == 4
+    assert parallel.choose_devices("auto", 4096) == 8
+    for asked, said in (("9", "there are 8 here"), ("0", "auto, all or a number"), ("x", "auto")):
+        with pytest.raises(UserError, match=said):
+            parallel.choose_devices(asked, 4)
+    assert parallel.data_mesh(1) is None
+    assert parallel.everywhere(None) is None
