@@ -39,9 +39,8 @@ def main(arguments: Sequence[str] | None = None, say=print) -> dict:
     dataset = cli.load_data(options, name, splits=(options.split,))
     inference.check_fits(trained, dataset)
     split = dataset.splits[options.split]
-    devices = parallel.choose_devices(options.devices, options.batch_size)
     found, _ = inference.evaluate_split(
-        *inference.programs(trained, devices),
+        *inference.programs(trained, options.devices, options.batch_size),
         trained.variables,
         split,
         dataset.class_names,

@@ -192,10 +192,13 @@ def evaluate_split(
     return found, probabilities[:size]
 
 
-def programs(trained: Trained, devices: int = 1) -> tuple[Callable, Callable]:
-    """Returns the compiled (evaluate, predict) of a trained model; so many local devices share a
-    batch."""
-    mesh = parallel.data_mesh(devices)
+def programs(
+    trained: Trained, devices: str = "1", batch_size: int = 1
+) -> tuple[Callable, Callable]:
+    """Returns the compiled (evaluate, predict) of a trained model; `devices` as in
+    `parallel.choose_devices`, for batches of that size."""
+    weights = sum(leaf.size for leaf in jax.tree.leaves(trained.variables["params"]))
+    mesh = parallel.data_mesh(parallel.choose_devices(devices, batch_size, weights))
     parts = {"model": trained.model, "preprocess": trained.preprocess}
     return (
         parallel.compile_evaluation(functools.partial(steps.eval_step, **parts), mesh),

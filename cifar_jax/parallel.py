@@ -26,9 +26,13 @@ from cifar_jax.records import usable_cores
 DEVICES = ("auto", "cpu", "gpu", "tpu")
 RECORD_FIELDS = ("loss", "correct", "count")
 AXIS = "data"
-# A CPU device gets at least so many images of a batch. On two cores, images/s on one device and on
-# two, half the batch each: dropout b128 2,369 and 3,618, adam b128 9,984 and 12,608.
-CPU_DEVICE_IMAGES = 32
+# A CPU device gets at least so many images of a batch. Two AVX-512 cores, training images/s on one
+# device and on two with half the batch each: dropout b20 2,390 and 2,781, deep b16 1,068 and
+# 1,382, adam b128 9,984 and 12,608, dropout b128 2,369 and 3,618.
+CPU_DEVICE_IMAGES = 8
+# With more weights than this their own traffic costs more than sharing saves: vgg16 b128 trains
+# 94 images/s on one device and 58 on two.
+CPU_DEVICE_WEIGHTS = 4_000_000
 
 
 def select_platform(name: str) -> str:
@@ -73,20 +77,22 @@ def describe_device() -> str:
     return f"{jax.device_count()} x {device.device_kind} ({device.platform})"
 
 
-def choose_devices(asked: str, batch_size: int) -> int:
+def choose_devices(asked: str, batch_size: int, weights: int) -> int:
     """Returns how many local devices share a batch.
 
     Args:
       asked: `auto`, `all` or a number. `auto` is one GPU or TPU, and on a CPU as many devices as
-        there are with `CPU_DEVICE_IMAGES` images each, which run one batch faster than one does.
+        there are with `CPU_DEVICE_IMAGES` images each, which run one batch faster than one does,
+        unless the model has more than `CPU_DEVICE_WEIGHTS`.
       batch_size: images in a batch.
+      weights: numbers in the model's parameters.
 
     Raises:
       UserError: not one of these, or more devices than there are.
     """
     here = jax.local_device_count()
     if asked == "auto":
-        if jax.default_backend() != "cpu":
+        if jax.default_backend() != "cpu" or weights > CPU_DEVICE_WEIGHTS:
             return 1
         return max(1, min(here, batch_size // CPU_DEVICE_IMAGES))
     if asked == "all":

@@ -103,7 +103,7 @@ def _eight_bits(image):
 def main(arguments: Sequence[str] | None = None, say=print) -> list[dict]:
     """Parses, classifies, prints. Returns a result for each image. Raises `UserError`."""
     options = make_parser().parse(arguments)
-    from cifar_jax import inference, parallel
+    from cifar_jax import inference
 
     paths = find_images(options.images)
     cli.start_device(options)
@@ -114,7 +114,7 @@ def main(arguments: Sequence[str] | None = None, say=print) -> list[dict]:
         print(f"warning: {line}", file=sys.stderr)
     height, width = trained.config.dataset["image_shape"][:2]
     size = min(options.batch_size, len(paths))
-    _, predict = inference.programs(trained, parallel.choose_devices(options.devices, size))
+    _, predict = inference.programs(trained, options.devices, size)
     names, results = trained.class_names, []
     for start in range(0, len(paths), size):
         chosen = paths[start : start + size]

@@ -100,9 +100,11 @@ def make_run(config: Config, dataset: Dataset, options: Options, clock: Clock) -
     create = functools.partial(create, keys["state"])
     shapes = jax.eval_shape(create)
     step = from_recipe.step_of(recipe, model, config.steps_per_epoch)
-    mesh = parallel.data_mesh(parallel.choose_devices(options.devices, recipe.batch_size))
-    shared = parallel.choose_devices(options.devices, recipe.eval_batch_size)
-    eval_mesh = parallel.data_mesh(shared)
+    weights = _numbers(shapes.params)
+    mesh, eval_mesh = (
+        parallel.data_mesh(parallel.choose_devices(options.devices, batch_size, weights))
+        for batch_size in (recipe.batch_size, recipe.eval_batch_size)
+    )
     inference = {"model": model, "preprocess": from_recipe.preprocess_of(recipe)}
     return Run(
         config=config,
@@ -115,7 +117,7 @@ def make_run(config: Config, dataset: Dataset, options: Options, clock: Clock) -
         keys=keys,
         shapes=shapes,
         mesh=mesh,
-        create=parallel.compile_for_one_call(create, _numbers(shapes.params)),
+        create=parallel.compile_for_one_call(create, weights),
         train_many=parallel.compile_training(step, mesh=mesh, remat=recipe.remat),
         evaluate=parallel.compile_evaluation(
             functools.partial(steps.eval_step, **inference), eval_mesh

@@ -1,6 +1,7 @@
 """A run that is killed, stopped, damaged or out of space, and goes on, ends as if nothing had
 happened: equal checkpoints to the last bit, equal rows, equal results."""
 
+import json
 import os
 import random
 import shutil
@@ -148,6 +149,25 @@ def test_killed_at_any_moment_a_run_ends_the_same(launcher, tiny, reference, tmp
     assert len(hits) >= 20
     # The kills were spread over the run, not all before it began.
     assert {"saving", "training"} <= set(hits), hits
+
+
+def test_killed_on_two_devices_a_run_ends_the_same(launcher, tiny, reference, tmp_path):
+    """Which differs from one device in the order of sums, and says so."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    code, said = launcher.run(command(tiny, whole, "--devices", "2"))
+    assert code == 0, said
+    assert "2 devices share each batch" in said
+    moment = Moment(cut, row(b"window"), 3)
+    code, said = launcher.run(command(tiny, cut, "--devices", "2"), signal.SIGKILL, moment)
+    assert code == -signal.SIGKILL, said
+    code, said = launcher.run(command(tiny, cut, "--devices", "2"))
+    assert code == 0, said
+    assert_same_run(cut, whole)
+    one, two = (
+        json.loads((folder / "summary.json").read_text()) for folder in (reference[0], whole)
+    )
+    assert (one["devices_sharing_a_batch"], two["devices_sharing_a_batch"]) == (1, 2)
+    assert two["test_loss"] == pytest.approx(one["test_loss"], rel=1e-3)
 
 
 @pytest.mark.slow

@@ -338,13 +338,14 @@ def test_a_run_is_the_same_on_any_number_of_devices(devices):
 
 
 def test_devices_that_share_a_batch():
-    assert parallel.choose_devices("3", 4) == 3
-    assert parallel.choose_devices("all", 4) == jax.local_device_count() == 8
-    assert parallel.choose_devices("auto", 4) == 1
-    assert parallel.choose_devices("auto", 128) == 4
-    assert parallel.choose_devices("auto", 4096) == 8
+    assert parallel.choose_devices("3", 4, 1000) == 3
+    assert parallel.choose_devices("all", 4, 1000) == jax.local_device_count() == 8
+    assert parallel.choose_devices("auto", 4, 1000) == 1
+    assert parallel.choose_devices("auto", 20, 1000) == 2
+    assert parallel.choose_devices("auto", 4096, 1000) == 8
+    assert parallel.choose_devices("auto", 4096, 30_000_000) == 1
     for asked, said in (("9", "there are 8 here"), ("0", "auto, all or a number"), ("x", "auto")):
         with pytest.raises(UserError, match=said):
-            parallel.choose_devices(asked, 4)
+            parallel.choose_devices(asked, 4, 1000)
     assert parallel.data_mesh(1) is None
     assert parallel.everywhere(None) is None
