@@ -12,24 +12,24 @@ import pytest
 from cifar_jax import parallel, steps
 from cifar_jax.errors import UserError
 from cifar_jax.models import MODELS, model_of
-from cifar_jax.models.layers import BatchNorm, ConvRelu, Dense, block
+from cifar_jax.models.layers import BatchNorm, Dense, block
 from cifar_jax.recipes import Recipe
 
 
 class Blocks(nn.Module):
-    """Blocks of convolutions that hold far more inside than at their ends."""
+    """Blocks of layers that hold far more inside than at their ends."""
 
     remat: bool = False
 
     @nn.compact
     def __call__(self, x, train: bool = False):
-        def convolutions(module, x, first):
+        def layers(module, x, first):
             for i in range(first, first + 4):
-                x = ConvRelu(8, 3, padding=1, lowering="lax", name=f"conv{i}")(x)
+                x = jnp.tanh(nn.Dense(8, name=f"dense{i}", param_dtype=x.dtype)(x))
             return BatchNorm(name=f"norm{first}")(x, train)
 
         for first in (0, 4):
-            x = block(self.remat, convolutions, self, x, first=first)
+            x = block(self.remat, layers, self, x, first=first)
         return Dense(5, name="fc")(x.mean(axis=(1, 2)))
 
 
@@ -60,7 +60,7 @@ def test_rematerialising_saves_memory_and_changes_nothing():
     close = functools.partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-12)
     jax.tree.map(close, found[True][0], found[False][0])
     assert {leaf.dtype for leaf in jax.tree.leaves(found[True][0])} == {np.dtype("float64")}
-    assert found[True][1] < 0.7 * found[False][1], "nothing is computed again"
+    assert found[True][1] < 0.8 * found[False][1], "nothing is computed again"
 
 
 @pytest.mark.parametrize("name", ["tutorial_cnn", "vgg16_bn"])
