@@ -271,8 +271,12 @@ def compile_training(
     jitted = jax.jit(run, donate_argnums=(0, 1), compiler_options=compiler_options(remat), **static)
 
     def call(state, record, data, order, row: int, start: int, length: int):
+        if mesh is not None:  # a state that is not on the mesh yet would be a second program
+            state, record, data, order = jax.device_put(
+                (state, record, data, order), everywhere(mesh)
+            )
         length = int(length) if static_length else np.int32(length)
-        return jitted(state, record, data, order, np.int32(row), np.int32(start), length=length)
+        return jitted(state, record, data, order, np.int32(row), np.int32(start), length)
 
     call.jitted = jitted
     return call

@@ -12,6 +12,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from cifar_jax import feed, parallel
+from cifar_jax.clock import Clock, compile_seconds
 from cifar_jax.errors import UserError
 from cifar_jax.models import MODELS
 from cifar_jax.models.layers import Dense, Dropout
@@ -297,6 +298,7 @@ SMALL = {"model": Small(), "optimizer": optax.sgd(0.1, momentum=0.9)}
 def epoch_over(devices):
     """State, record, evaluation's sums and logits of one epoch of batches of 13 (the last of 11)
     on so many devices."""
+    Clock()  # begins to count seconds of compiling
     mesh = parallel.data_mesh(devices)
     rng = np.random.default_rng(0)
     images, labels = rng.integers(0, 256, (50, 4, 4, 3), np.uint8), rng.integers(0, 5, 50)
@@ -307,9 +309,13 @@ def epoch_over(devices):
         create_state(SMALL["model"], SMALL["optimizer"], jax.random.key(1), image_shape=(4, 4, 3)),
         parallel.empty_record(len(order)),
     )
+    compiled = []
     for start, length in ((0, 1), (1, 3)):
+        before = compile_seconds()
         state, record = program(state, record, data, jnp.asarray(order), start, start, length)
-    assert program.jitted._cache_size() <= 2  # a state not yet on the mesh, then one that is
+        compiled.append(compile_seconds() - before)
+    assert compiled[0] > 0
+    assert compiled[1] == 0, "a state that is on the mesh already is no second program"
     model = {"model": SMALL["model"]}
     variables = {"params": state.params}
     evaluate = parallel.compile_evaluation(functools.partial(eval_step, **model), mesh)
