@@ -105,6 +105,7 @@ def make_run(config: Config, dataset: Dataset, options: Options, clock: Clock) -
         parallel.data_mesh(parallel.choose_devices(options.devices, batch_size, weights))
         for batch_size in (recipe.batch_size, recipe.eval_batch_size)
     )
+    eval_mesh = mesh or eval_mesh  # weights that are on a mesh stay there
     inference = {"model": model, "preprocess": from_recipe.preprocess_of(recipe)}
     return Run(
         config=config,
