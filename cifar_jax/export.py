@@ -70,7 +70,7 @@ def to_onnx(trained) -> bytes:
     """Returns a trained model as an ONNX file's content: `images` in, `probabilities` out.
 
     Raises:
-      UserError: jax2onnx is not installed.
+      UserError: jax2onnx is not installed, or cannot write this model.
     """
     import jax
     import jax.numpy as jnp
@@ -86,14 +86,21 @@ def to_onnx(trained) -> bytes:
     for name in ("onnx_ir", "jax2onnx"):
         logging.getLogger(name).setLevel(logging.ERROR)
     images = jax.ShapeDtypeStruct(("batch", *trained.config.dataset["image_shape"]), jnp.uint8)
-    model = jax2onnx.to_onnx(
-        serving_function(trained),
-        [images],
-        model_name=trained.config.recipe.model,
-        opset=OPSET,
-        input_names=["images"],
-        output_names=["probabilities"],
-    )
+    try:
+        model = jax2onnx.to_onnx(
+            serving_function(trained),
+            [images],
+            model_name=trained.config.recipe.model,
+            opset=OPSET,
+            input_names=["images"],
+            output_names=["probabilities"],
+        )
+    except Exception as error:  # what it does not know ends in nearly anything: `--resize`, for one
+        reason = " ".join(str(error).split())[:120]
+        raise UserError(
+            f"jax2onnx cannot write this model ({type(error).__name__}: {reason}); "
+            "the format stablehlo can"
+        ) from None
     return model.SerializeToString()
 
 

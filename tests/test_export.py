@@ -4,6 +4,7 @@ import hashlib
 import json
 import subprocess
 import sys
+import types
 
 import jax
 import numpy as np
@@ -115,6 +116,16 @@ def test_onnx_answers_as_predict(complete, expected, tmp_path):
 def test_onnx_without_the_exporter_names_the_extra(complete, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "jax2onnx", None)
     with pytest.raises(UserError, match=r"the extra `onnx`"):
+        exported(complete, tmp_path / "model.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_the_exporter_cannot_write_is_one_line(complete, tmp_path, monkeypatch):
+    def to_onnx(*_, **__):
+        raise NotImplementedError("no plugin\nfor resize")
+
+    monkeypatch.setitem(sys.modules, "jax2onnx", types.SimpleNamespace(to_onnx=to_onnx))
+    with pytest.raises(UserError, match=r"cannot write this model \(.*no plugin for resize\)"):
         exported(complete, tmp_path / "model.onnx")
     assert not list(tmp_path.iterdir())
 
