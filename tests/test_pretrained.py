@@ -143,7 +143,9 @@ def test_a_run_starts_from_published_weights(published, tiny, tmp_path):
     """No step moves the weights (rate 0), so what is tested is what was loaded."""
     served, _ = published
     where = ["--data-dir", str(tiny), "--no-plots", "--workdir", str(tmp_path / "run")]
-    options = words("--recipe tutorial --conv lax --batch-size 300 --epochs 1 --learning-rate 0")
+    options = words(
+        "--recipe tutorial --conv lax --batch-size 300 --epochs 1 --learning-rate 0 --devices 1"
+    )
     lines = []
     train.main([*options, *where, "--pretrained", "imagenet"], say=lines.append)
     said = "\n".join(lines)
