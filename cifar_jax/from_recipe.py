@@ -8,9 +8,8 @@ from collections.abc import Callable, Sequence
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
-from cifar_jax import layer_groups, optimizers, steps
+from cifar_jax import optimizers, parallel, steps
 from cifar_jax.recipes import Recipe
 
 Shape = tuple[int, int, int]
@@ -57,14 +56,11 @@ def step_of(recipe: Recipe, model: nn.Module, steps_per_epoch: int) -> Callable:
     )
 
 
-def check_layers(recipe: Recipe, model: nn.Module, image_shape: Sequence[int]) -> None:
-    """Looks at the layers a recipe names beside its model's, without computing.
+def payload(state, record: dict) -> dict:
+    """Returns what a run's checkpoints hold; `record` is that of the epoch under way."""
+    return {"state": state, "record": record}
 
-    Raises:
-      UserError: a prefix of `freeze` or `rate_scale` is that of no layer, or nothing is left to
-        train.
-    """
-    if recipe.freeze or recipe.rate_scale:
-        images = jax.ShapeDtypeStruct((1, *input_shape(recipe, image_shape)), jnp.float32)
-        variables = jax.eval_shape(model.init, jax.random.key(0), images)
-        layer_groups.check_groups(variables["params"], recipe.freeze, recipe.rate_scales)
+
+def abstract_payload(shapes: steps.TrainState, steps_per_epoch: int) -> dict:
+    """Returns `payload` as shapes, to restore into; `shapes` is the state's."""
+    return payload(shapes, jax.eval_shape(lambda: parallel.empty_record(steps_per_epoch)))

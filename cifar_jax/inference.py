@@ -98,12 +98,8 @@ def abstract_payload(config: Config, model: nn.Module) -> dict:
     """Returns what a run's checkpoints hold as shapes: {"state": TrainState, "record"}."""
     steps_per_epoch, image_shape = config.steps_per_epoch, config.dataset["image_shape"]
     create = from_recipe.state_maker(config.recipe, model, steps_per_epoch, image_shape)
-    return jax.eval_shape(
-        lambda: {
-            "state": create(jax.random.key(0)),
-            "record": parallel.empty_record(steps_per_epoch),
-        }
-    )
+    shapes = jax.eval_shape(lambda: create(jax.random.key(0)))
+    return from_recipe.abstract_payload(shapes, steps_per_epoch)
 
 
 def unfolded(trained: Trained) -> dict[str, Any]:
@@ -197,7 +193,7 @@ def programs(
 ) -> tuple[Callable, Callable]:
     """Returns the compiled (evaluate, predict) of a trained model; `devices` as in
     `parallel.choose_devices`, for batches of that size."""
-    weights = sum(leaf.size for leaf in jax.tree.leaves(trained.variables["params"]))
+    weights = steps.parameter_count(trained.variables["params"])
     mesh = parallel.data_mesh(parallel.choose_devices(devices, batch_size, weights))
     parts = {"model": trained.model, "preprocess": trained.preprocess}
     return (

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from cifar_jax import augment, feed, from_recipe, parallel, steps
+from cifar_jax import augment, feed, from_recipe, layer_groups, parallel, steps
 from cifar_jax.clock import Clock
 from cifar_jax.datasets import Dataset
 from cifar_jax.errors import lookup
@@ -62,7 +62,7 @@ class Run:
 
     @property
     def parameters(self) -> int:
-        return _numbers(self.shapes.params)
+        return steps.parameter_count(self.shapes.params)
 
     def start_from(self, variables: dict, record: dict) -> None:
         """Starts from these variables in place of drawn ones (`initial.Initial`)."""
@@ -83,7 +83,8 @@ def make_run(config: Config, dataset: Dataset, options: Options, clock: Clock) -
     """Builds model, optimizer, splits and programs; nothing is computed or compiled yet.
 
     Raises:
-      UserError: an unknown name, or a batch larger than the training split.
+      UserError: an unknown name, a batch larger than the training split, a prefix of `freeze` or
+        `rate_scale` that is of no layer, or nothing left to train.
     """
     recipe = config.recipe
     lookup(augment.NORMALIZATIONS, recipe.normalize, "normalization")
@@ -95,12 +96,12 @@ def make_run(config: Config, dataset: Dataset, options: Options, clock: Clock) -
     feed.check_batch_size(recipe.batch_size, len(training))
     model = model_of(recipe, len(dataset.class_names), options.lowering)
     image_shape = dataset.splits["train"].images.shape[1:]
-    from_recipe.check_layers(recipe, model, image_shape)
     create = from_recipe.state_maker(recipe, model, config.steps_per_epoch, image_shape)
     create = functools.partial(create, keys["state"])
     shapes = jax.eval_shape(create)
+    layer_groups.check_groups(shapes.params, recipe.freeze, recipe.rate_scales)
     step = from_recipe.step_of(recipe, model, config.steps_per_epoch)
-    weights = _numbers(shapes.params)
+    weights = steps.parameter_count(shapes.params)
     mesh, eval_mesh = (
         parallel.data_mesh(parallel.choose_devices(options.devices, batch_size, weights))
         for batch_size in (recipe.batch_size, recipe.eval_batch_size)
@@ -127,7 +128,3 @@ def make_run(config: Config, dataset: Dataset, options: Options, clock: Clock) -
             functools.partial(steps.predict_step, **inference), eval_mesh
         ),
     )
-
-
-def _numbers(tree: Any) -> int:
-    return sum(leaf.size for leaf in jax.tree.leaves(tree))

@@ -81,6 +81,11 @@ def create_state(
     )
 
 
+def parameter_count(params: Any) -> int:
+    """Returns how many numbers a tree of parameters (arrays or their shapes) holds."""
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
 def make_preprocess(
     normalization: str = "half",
     augment: tuple[str, ...] = (),

@@ -15,7 +15,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from cifar_jax import feed, optimizers, parallel, report, steps
+from cifar_jax import feed, from_recipe, optimizers, parallel, report, steps
 from cifar_jax.checkpoints import Checkpoints
 from cifar_jax.checks import check_first_forward, check_loss, check_weights, stuck_advice
 from cifar_jax.clock import seconds_since_start
@@ -71,7 +71,9 @@ def train(
         with clock("saving"):
             checkpoints.wait()
         which = "best" if recipe.select_best else "latest"
-        chosen = checkpoints.restore(_payload(position.state, position.record), which=which)
+        chosen = checkpoints.restore(
+            from_recipe.payload(position.state, position.record), which=which
+        )
     signal = stop()
     if signal:
         raise Interrupted(signal, total)
@@ -101,10 +103,6 @@ class Position:
     seconds: dict[str, float]
 
 
-def _payload(state, record) -> dict:
-    return {"state": state, "record": record}
-
-
 def _images(run: Run, position: Position) -> int:
     in_epoch = min(position.step * run.config.recipe.batch_size, len(run.training))
     return (position.epoch - 1) * len(run.training) + in_epoch
@@ -121,8 +119,7 @@ def _tensorboard(run: Run, workdir: Path, at: Position):
 def _begin(run: Run, checkpoints: Checkpoints, log: MetricsLog, say: Print, resume: bool):
     """Returns the position to train from: the newest good checkpoint, or the start."""
     if resume and checkpoints.committed():
-        record = jax.eval_shape(lambda: parallel.empty_record(run.steps_per_epoch))
-        abstract = _payload(run.shapes, record)
+        abstract = from_recipe.abstract_payload(run.shapes, run.steps_per_epoch)
         with run.clock("restoring"):
             try:
                 found = checkpoints.restore(abstract)
@@ -205,7 +202,6 @@ class _Loop:
                 dataclasses.replace(at, step=at.step + length, state=state, record=record),
             )
             self._after_chunk(at, host, before, order)
-        host = {name: np.array(values) for name, values in at.record.items()}
         return self._finish_epoch(at, host, started)
 
     def _chunks(self, order, start):
@@ -298,6 +294,6 @@ class _Loop:
             }
             step = (at.epoch - 1) * run.steps_per_epoch + at.step
             check_weights(at.state, step, run.config.recipe, run.steps_per_epoch, self.checkpoints)
-            payload = _payload(at.state, at.record)
+            payload = from_recipe.payload(at.state, at.record)
             self.checkpoints.save(step, payload, extra, metric=metric, block=block)
         self.saved_at = time.monotonic()
