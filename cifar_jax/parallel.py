@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -19,6 +19,7 @@ from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from cifar_jax import resident
 from cifar_jax.errors import UserError, nearest
 from cifar_jax.feed import take_batch
 from cifar_jax.records import usable_cores
@@ -33,6 +34,9 @@ CPU_DEVICE_IMAGES = 8
 # With more weights than this their own traffic costs more than sharing saves: vgg16 b128 trains
 # 94 images/s on one device and 58 on two.
 CPU_DEVICE_WEIGHTS = 4_000_000
+# A GPU or TPU gets at least so many images of a batch. A rule, not a measurement: batches of 128
+# are shared by up to 8 devices, the tutorial's batches of 4 stay on one (docs/scaling.md).
+ACCELERATOR_DEVICE_IMAGES = 16
 
 
 def select_platform(name: str) -> str:
@@ -81,9 +85,10 @@ def choose_devices(asked: str, batch_size: int, weights: int) -> int:
     """Returns how many local devices share a batch.
 
     Args:
-      asked: `auto`, `all` or a number. `auto` is one GPU or TPU, and on a CPU as many devices as
-        there are with `CPU_DEVICE_IMAGES` images each, which run one batch faster than one does,
-        unless the model has more than `CPU_DEVICE_WEIGHTS`.
+      asked: `auto`, `all` or a number. `auto` is as many devices as there are with at least
+        `ACCELERATOR_DEVICE_IMAGES` images of the batch each; on a CPU `CPU_DEVICE_IMAGES`, which
+        run one batch faster than one device does, unless the model has more than
+        `CPU_DEVICE_WEIGHTS`.
       batch_size: images in a batch.
       weights: numbers in the model's parameters.
 
@@ -92,7 +97,9 @@ def choose_devices(asked: str, batch_size: int, weights: int) -> int:
     """
     here = jax.local_device_count()
     if asked == "auto":
-        if jax.default_backend() != "cpu" or weights > CPU_DEVICE_WEIGHTS:
+        if jax.default_backend() != "cpu":
+            return max(1, min(here, batch_size // ACCELERATOR_DEVICE_IMAGES))
+        if weights > CPU_DEVICE_WEIGHTS:
             return 1
         return max(1, min(here, batch_size // CPU_DEVICE_IMAGES))
     if asked == "all":
@@ -106,10 +113,12 @@ def choose_devices(asked: str, batch_size: int, weights: int) -> int:
 
 def data_mesh(devices: int) -> Mesh | None:
     """Returns a mesh that splits batches over so many local devices, None for one device."""
-    if devices == 1:
-        return None
-    chosen = jax.local_devices()[:devices]
-    return jax.make_mesh((devices,), (AXIS,), axis_types=(AxisType.Auto,), devices=chosen)
+    return None if devices == 1 else mesh_over(jax.local_devices()[:devices])
+
+
+def mesh_over(devices: Sequence[jax.Device]) -> Mesh:
+    """Returns a mesh of these devices with the one axis `AXIS`."""
+    return jax.make_mesh((len(devices),), (AXIS,), axis_types=(AxisType.Auto,), devices=devices)
 
 
 def everywhere(mesh: Mesh | None) -> NamedSharding | None:
@@ -143,7 +152,9 @@ def empty_record(steps: int) -> dict[str, jax.Array]:
     return {name: jnp.zeros((steps,), jnp.float32) for name in RECORD_FIELDS}
 
 
-def train_many(step: Callable, state, record, data, order, row, start, length):
+def train_many(
+    step: Callable, state, record, data, order, row, start, length, take: Callable = take_batch
+):
     """Runs `length` steps: rows row, row + 1, ... of `order` are steps start, start + 1, ... of
     the epoch. Returns the state and the record with those steps' sums.
 
@@ -153,7 +164,7 @@ def train_many(step: Callable, state, record, data, order, row, start, length):
 
     def body(i, carry):
         state, record = carry
-        state, sums = step(state, take_batch(data, order[row + i]))
+        state, sums = step(state, take(data, order[row + i]))
         return state, {name: record[name].at[start + i].set(sums[name]) for name in record}
 
     return lax.fori_loop(0, length, body, (state, record))
@@ -201,15 +212,15 @@ def tiles(order: jax.Array, size: int) -> jax.Array:
     return padded.reshape(-1, size)
 
 
-def evaluate_many(step: Callable, variables, data, order):
+def evaluate_many(step: Callable, variables, data, order, take: Callable = take_batch):
     """Adds up `step`'s sums over all batches of an order [batches, batch]."""
     if jax.default_backend() == "cpu":
         order = tiles(order, CPU_EVAL_TILE)
 
     def body(sums, row):
-        return jax.tree.map(jnp.add, sums, step(variables, take_batch(data, row))), None
+        return jax.tree.map(jnp.add, sums, step(variables, take(data, row))), None
 
-    shapes = jax.eval_shape(lambda: step(variables, take_batch(data, order[0])))
+    shapes = jax.eval_shape(lambda: step(variables, take(data, order[0])))
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     return lax.scan(body, zeros, order)[0]
 
@@ -233,6 +244,11 @@ def compiler_options(remat: bool = False) -> dict[str, Any]:
     return options
 
 
+def _take(split: bool) -> dict[str, Callable]:
+    """How a device gets its part of a batch from data that is whole on it, or split."""
+    return {"take": functools.partial(resident.take_split, axis=AXIS)} if split else {}
+
+
 def compile_training(
     step: Callable,
     static_length: bool | None = None,
@@ -247,36 +263,42 @@ def compile_training(
     Args:
       step: takes `axis_name` if there is a mesh.
       mesh: from `data_mesh`; each device then computes its part of every batch, and a batch that
-        does not divide is padded and masked. Results differ in the order of sums only.
+        does not divide is padded and masked. Results differ in the order of sums only. `data` may
+        be whole on each device or from `resident.put_split`.
     """
     if static_length is None:
         static_length = jax.default_backend() != "cpu"
-    static = {"static_argnames": ("length",)} if static_length else {}
+    static = ("split", "length") if static_length else ("split",)
 
-    def run(state, record, data, order, row, start, length):
+    def run(state, record, data, order, row, start, length, split):
         if mesh is None:
             return train_many(step, state, record, data, order, row, start, length)
-        part = functools.partial(train_many, functools.partial(step, axis_name=AXIS))
+        part = functools.partial(
+            train_many, functools.partial(step, axis_name=AXIS), **_take(split)
+        )
         if static_length:  # the length is no array
             part = functools.partial(part, length=length)
         scalars = (row, start) if static_length else (row, start, length)
-        split = jax.shard_map(
+        held = P(AXIS) if split else P()
+        mapped = jax.shard_map(
             part,
             mesh=mesh,
-            in_specs=(P(), P(), P(), P(None, AXIS), *[P()] * len(scalars)),
+            in_specs=(P(), P(), held, P(None, AXIS), *[P()] * len(scalars)),
             out_specs=(P(), P()),
         )
-        return split(state, record, data, _share(order, mesh.size, -1), *scalars)
+        return mapped(state, record, data, _share(order, mesh.size, -1), *scalars)
 
-    jitted = jax.jit(run, donate_argnums=(0, 1), compiler_options=compiler_options(remat), **static)
+    options = {"compiler_options": compiler_options(remat), "static_argnames": static}
+    jitted = jax.jit(run, donate_argnums=(0, 1), **options)
 
     def call(state, record, data, order, row: int, start: int, length: int):
+        split = resident.is_split(data)
         if mesh is not None:  # a state that is not on the mesh yet would be a second program
-            state, record, data, order = jax.device_put(
-                (state, record, data, order), everywhere(mesh)
-            )
+            state, record, order = jax.device_put((state, record, order), everywhere(mesh))
+            data = data if split else jax.device_put(data, everywhere(mesh))
         length = int(length) if static_length else np.int32(length)
-        return jitted(state, record, data, order, np.int32(row), np.int32(start), length)
+        rows = (np.int32(row), np.int32(start))
+        return jitted(state, record, data, order, *rows, length=length, split=split)
 
     call.jitted = jitted
     return call
@@ -286,18 +308,23 @@ def compile_evaluation(step: Callable, mesh: Mesh | None = None) -> Callable:
     """Returns `evaluate(variables, data, order) -> sums`, jitted; `mesh` as in
     `compile_training`, each device adding up its part of the batches."""
 
-    def part(variables, data, order):
-        return lax.psum(evaluate_many(step, variables, data, order), AXIS)
+    def part(variables, data, order, **how):
+        return lax.psum(evaluate_many(step, variables, data, order, **how), AXIS)
 
-    def run(variables, data, order):
+    def run(variables, data, order, split):
         if mesh is None:
             return evaluate_many(step, variables, data, order)
-        specs = {"in_specs": (P(), P(), P(None, AXIS)), "out_specs": P()}
+        specs = {"in_specs": (P(), P(AXIS) if split else P(), P(None, AXIS)), "out_specs": P()}
         # The scan's zeros are equal on every device, its sums are not: no check of that.
-        split = jax.shard_map(part, mesh=mesh, check_vma=False, **specs)
-        return split(variables, data, _share(order, mesh.size, -1))
+        mapped = functools.partial(part, **_take(split))
+        mapped = jax.shard_map(mapped, mesh=mesh, check_vma=False, **specs)
+        return mapped(variables, data, _share(order, mesh.size, -1))
 
-    return jax.jit(run, compiler_options=compiler_options())
+    options = {"compiler_options": compiler_options(), "static_argnames": ("split",)}
+    jitted = jax.jit(run, **options)
+    return lambda variables, data, order: jitted(
+        variables, data, order, split=resident.is_split(data)
+    )
 
 
 def compile_prediction(step: Callable, mesh: Mesh | None = None) -> Callable:

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from cifar_jax import augment, feed, from_recipe, layer_groups, parallel, steps
+from cifar_jax import augment, feed, from_recipe, layer_groups, parallel, resident, steps
 from cifar_jax.clock import Clock
 from cifar_jax.datasets import Dataset
 from cifar_jax.errors import lookup
@@ -42,7 +42,11 @@ class Options:
 
 @dataclasses.dataclass
 class Run:
-    """A run's constant parts: what `train`'s phases share; `shapes` is the state's, abstract."""
+    """A run's constant parts: what `train`'s phases share.
+
+    `shapes` is the state's, abstract; `place` says where the training images lie
+    (`resident.PLACES`), and `notices` what there is to say about that.
+    """
 
     config: Config
     dataset: Dataset
@@ -54,6 +58,8 @@ class Run:
     keys: dict[str, jax.Array]
     shapes: steps.TrainState
     mesh: Mesh | None
+    place: str
+    notices: list[str]
     create: Callable[..., steps.TrainState]
     train_many: Callable
     evaluate: Callable
@@ -107,6 +113,11 @@ def make_run(config: Config, dataset: Dataset, options: Options, clock: Clock) -
         for batch_size in (recipe.batch_size, recipe.eval_batch_size)
     )
     eval_mesh = mesh or eval_mesh  # weights that are on a mesh stay there
+    place, said = options.feed, None
+    if place == "resident":
+        size = dataset.splits["train"].images.nbytes
+        devices = 1 if mesh is None else mesh.size
+        place, said = resident.place_for(size, devices, resident.device_memory())
     inference = {"model": model, "preprocess": from_recipe.preprocess_of(recipe)}
     return Run(
         config=config,
@@ -119,6 +130,8 @@ def make_run(config: Config, dataset: Dataset, options: Options, clock: Clock) -
         keys=keys,
         shapes=shapes,
         mesh=mesh,
+        place=place,
+        notices=[said] if said else [],
         create=parallel.compile_for_one_call(create, weights),
         train_many=parallel.compile_training(step, mesh=mesh, remat=recipe.remat),
         evaluate=parallel.compile_evaluation(

@@ -32,7 +32,7 @@ def make_parser() -> cli.Parser:
     parser.add_argument(
         "--save-minutes", type=float, default=5.0, help="between two saves inside an epoch"
     )
-    parser.add_argument("--feed", default="resident", help="resident (on the device) or stream")
+    parser.add_argument("--feed", default="resident", help="resident (on the devices) or stream")
     parser.add_argument("--no-plots", action="store_true", help="draw no pictures at the end")
     parser.add_argument(
         "--tensorboard", action="store_true", help="write event files too (extra: tensorboard)"

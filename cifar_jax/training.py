@@ -15,7 +15,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from cifar_jax import feed, from_recipe, optimizers, parallel, report, steps
+from cifar_jax import feed, from_recipe, optimizers, parallel, report, resident, steps
 from cifar_jax.checkpoints import Checkpoints
 from cifar_jax.checks import check_first_forward, check_loss, check_weights, stuck_advice
 from cifar_jax.clock import seconds_since_start
@@ -148,11 +148,13 @@ def _begin(run: Run, checkpoints: Checkpoints, log: MetricsLog, say: Print, resu
 
 def _resident(run: Run) -> dict[str, jax.Array] | None:
     """The training split on the device; None where only the streamed feed will read it."""
-    if run.options.feed == "stream" and not len(run.validation):
+    if run.place == "stream" and not len(run.validation):
         return None
     split = run.dataset.splits["train"]
     with run.clock("data"):
-        if run.options.feed == "resident":
+        if run.place == "split":
+            return resident.put_split(split.images, split.labels, run.mesh)
+        if run.place == "resident":
             return feed.to_device(split.images, split.labels, parallel.everywhere(run.mesh))
         # Validation reads its own images only; positions are then 0, 1, 2 ...
         return feed.to_device(split.images[run.validation], split.labels[run.validation])
@@ -169,7 +171,7 @@ class _Loop:
         self.chunks = parallel.Chunks(run.steps_per_epoch)
         self.saved_at = time.monotonic()
         positions = run.validation
-        if run.options.feed == "stream":
+        if run.place == "stream":
             positions = np.arange(len(run.validation), dtype=np.int32)
         self.validation_order = (
             jax.device_put(
@@ -207,7 +209,7 @@ class _Loop:
     def _chunks(self, order, start):
         """Yields (length, data, order, its first row) until the epoch's end."""
         run = self.run
-        if run.options.feed == "resident":
+        if run.place != "stream":
             order = jax.device_put(order)
             while start < len(order):
                 length = self.chunks.next(len(order) - start)

@@ -11,8 +11,14 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from cifar_jax import feed, parallel
+from cifar_jax import feed, parallel, resident
 from cifar_jax.clock import Clock, compile_seconds
+from cifar_jax.device_steps import (
+    pmap_eval_step,
+    pmap_train_step,
+    shard_map_eval_step,
+    shard_map_train_step,
+)
 from cifar_jax.errors import UserError
 from cifar_jax.models import MODELS
 from cifar_jax.models.layers import Dense, Dropout
@@ -90,7 +96,7 @@ def test_the_reference_moves():
     assert min(jax.tree.leaves(moved)) > 1e-3
 
 
-@pytest.mark.parametrize(("devices", "check"), [(2, True), (2, False), (4, True)])
+@pytest.mark.parametrize(("devices", "check"), [(2, False), (4, True)])
 def test_shard_map_equals_one_device(devices, check):
     step = jax.jit(
         jax.shard_map(
@@ -104,22 +110,23 @@ def test_shard_map_equals_one_device(devices, check):
     assert_same_run(*run(step))
 
 
-@pytest.mark.parametrize("devices", DEVICES)
-def test_pmap_equals_one_device(devices):
-    step = jax.pmap(
-        functools.partial(train_step, axis_name="data", **OPTIONS),
-        axis_name="data",
-        devices=jax.devices()[:devices],
-    )
-    every = functools.partial(jax.tree.map, lambda x: jnp.stack([x] * devices))
-    state, sums = every(start()), []
-    for i in range(STEPS):
-        shards = jax.tree.map(lambda x: x.reshape(devices, -1, *x.shape[1:]), batch_of(i))
-        state, step_sums = step(state, shards)
-        sums.append({name: np.asarray(value)[0] for name, value in step_sums.items()})
-    for leaf in jax.tree.leaves(jax.device_get(state.params)):
-        np.testing.assert_array_equal(leaf, np.broadcast_to(leaf[:1], leaf.shape))
-    assert_same_run(jax.tree.map(lambda x: x[0], state), sums)
+WAYS = {
+    "pmap": (pmap_train_step, pmap_eval_step),
+    "shard_map": (shard_map_train_step, shard_map_eval_step),
+}
+
+
+@pytest.mark.parametrize(
+    ("way", "devices"),
+    [("pmap", 2), ("shard_map", 3), pytest.param("pmap", 3, marks=pytest.mark.slow)],
+)
+def test_a_ready_made_step_equals_one_device(way, devices):
+    """Also where eight rows do not divide among three devices."""
+    state, sums = run(WAYS[way][0](devices=jax.devices()[:devices], **OPTIONS))
+    for leaf in jax.tree.leaves(state.params):
+        for shard in leaf.addressable_shards:
+            np.testing.assert_array_equal(shard.data, leaf)
+    assert_same_run(state, sums)
 
 
 @pytest.mark.parametrize("devices", DEVICES)
@@ -134,21 +141,16 @@ def test_jit_with_shardings_equals_one_device(devices):
     assert_same_run(*run(step, prepare=lambda batch: jax.device_put(batch, split)))
 
 
-@pytest.mark.parametrize("way", ["shard_map", "pmap"])
+@pytest.mark.parametrize("way", WAYS)
 def test_evaluation_over_devices_counts_each_image_once(way):
-    variables = {"params": start().params}
-    batch = batch_of(0)
-    step = functools.partial(eval_step, model=MODEL, axis_name="data")
+    variables, batch = {"params": start().params}, batch_of(0)
     want = jax.jit(functools.partial(eval_step, model=MODEL))(variables, batch)
-    if way == "pmap":
-        shards = jax.tree.map(lambda x: x.reshape(4, -1, *x.shape[1:]), batch)
-        run_all = jax.pmap(step, axis_name="data", in_axes=(None, 0), devices=jax.devices()[:4])
-        got = jax.tree.map(lambda x: x[0], run_all(variables, shards))
-    else:
-        specs = {"in_specs": (P(), P("data")), "out_specs": P()}
-        got = jax.jit(jax.shard_map(step, mesh=mesh_of(4), **specs))(variables, batch)
+    evaluate = WAYS[way][1](devices=jax.devices()[:3], model=MODEL)
+    got = evaluate(variables, batch)
     assert float(got["count"]) == 5
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), got, dict(want))
+    whole = {name: batch[name] for name in ("image", "label")}
+    assert float(evaluate(variables, whole)["count"]) == BATCH
 
 
 def test_vmap_over_seeds_is_a_loop_over_seeds():
@@ -295,14 +297,18 @@ SMALL = {"model": Small(), "optimizer": optax.sgd(0.1, momentum=0.9)}
 
 
 @functools.cache
-def epoch_over(devices):
+def epoch_over(devices, split=False):
     """State, record, evaluation's sums and logits of one epoch of batches of 13 (the last of 11)
-    on so many devices."""
+    on so many devices, the data whole on each or split over them."""
     Clock()  # begins to count seconds of compiling
     mesh = parallel.data_mesh(devices)
     rng = np.random.default_rng(0)
     images, labels = rng.integers(0, 256, (50, 4, 4, 3), np.uint8), rng.integers(0, 5, 50)
     data = feed.to_device(images, labels, parallel.everywhere(mesh))
+    tested = feed.to_device(images, labels)
+    if split:
+        tested = data = resident.put_split(images, labels, mesh)
+        assert data["image"].addressable_shards[0].data.shape == (-(-50 // devices), 4, 4, 3)
     order = feed.epoch_order(jax.random.key(0), 1, np.arange(50, dtype=np.int32), 13)
     program = parallel.compile_training(functools.partial(train_step, **SMALL), mesh=mesh)
     state, record = (
@@ -320,15 +326,15 @@ def epoch_over(devices):
     variables = {"params": state.params}
     evaluate = parallel.compile_evaluation(functools.partial(eval_step, **model), mesh)
     predict = parallel.compile_prediction(functools.partial(predict_step, **model), mesh)
-    found = evaluate(variables, feed.to_device(images, labels), feed.batches(np.arange(50), 7))
+    found = evaluate(variables, tested, feed.batches(np.arange(50, dtype=np.int32), 7))
     logits = predict(variables, images.reshape(10, 5, 4, 4, 3))
     return jax.device_get((state.params, record, found, logits))
 
 
-@pytest.mark.parametrize("devices", [2, 4, 8])
-def test_a_run_is_the_same_on_any_number_of_devices(devices):
+@pytest.mark.parametrize(("devices", "split"), [(2, False), (4, False), (8, False), (3, True)])
+def test_a_run_is_the_same_on_any_number_of_devices(devices, split):
     """Also where a batch does not divide, and the last devices have nothing but padding."""
-    params, record, found, logits = epoch_over(devices)
+    params, record, found, logits = epoch_over(devices, split)
     want_params, want_record, want_found, want_logits = epoch_over(1)
     np.testing.assert_array_equal(record["count"], [13, 13, 13, 11])
     np.testing.assert_array_equal(record["correct"], want_record["correct"])
@@ -341,6 +347,26 @@ def test_a_run_is_the_same_on_any_number_of_devices(devices):
     assert found["loss"] == pytest.approx(want_found["loss"], rel=1e-5)
     assert logits.shape == (10, 5, 5)
     np.testing.assert_allclose(logits, want_logits, atol=1e-5)
+
+
+def test_where_the_training_images_lie():
+    GB = 10**9
+    assert resident.place_for(2 * GB, 4, 8 * GB) == ("resident", None)
+    place, said = resident.place_for(7 * GB, 4, 8 * GB)
+    assert place == "split"
+    assert "7 GB" in said
+    assert "4 devices" in said
+    for size, devices in ((9 * GB, 4), (3 * GB, 1)):
+        place, said = resident.place_for(size, devices, 8 * GB)
+        assert place == "stream"
+        assert "streamed from the host" in said
+    assert 10**8 < resident.device_memory() < 10**14
+
+
+def test_accelerators_share_batches_of_sixteen_images_each(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    for batch, devices in ((4, 1), (20, 1), (64, 4), (128, 8), (1024, 8)):
+        assert parallel.choose_devices("auto", batch, 134_000_000) == devices
 
 
 def test_devices_that_share_a_batch():

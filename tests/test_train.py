@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from tiny_data import NAMES, RICH, SIZES, STEPS, assert_same_run, complete, rows_of, tiny, words
 
-from cifar_jax import feed, inference, make_model, make_optimizer, parallel, steps, train
+from cifar_jax import feed, inference, make_model, make_optimizer, parallel, resident, steps, train
 from cifar_jax.datasets import load_dataset, shapes10
 from cifar_jax.errors import UserError
 from cifar_jax.workdir import read_config
@@ -185,9 +185,25 @@ def test_a_second_start_says_complete_and_changes_nothing(complete, tiny):
     assert before == {p: p.stat().st_mtime_ns for p in before}
 
 
-def test_the_streamed_feed_gives_the_same_run(complete, tiny, tmp_path):
-    run(tiny, tmp_path / "run", *RICH, "--feed", "stream")
+def test_the_streamed_feed_gives_the_same_run(complete, tiny, tmp_path, monkeypatch):
+    """Chosen here by a device that is too small for the data; `--feed stream` asks for it."""
+    monkeypatch.setattr(resident, "device_memory", lambda: 600 * 32 * 32 * 3)
+    _, lines = run(tiny, tmp_path / "run", *RICH)
+    assert any("streamed from the host" in line for line in lines)
     assert_same_run(tmp_path / "run", complete)
+
+
+def test_a_data_set_too_large_for_a_device_gives_the_same_run(tiny, tmp_path, monkeypatch):
+    arguments = [*QUICK, "--devices", "2"]
+    whole, _ = run(tiny, tmp_path / "whole", *arguments)
+    memory = 0.6 * 600 * 32 * 32 * 3 / resident.SHARE
+    monkeypatch.setattr(resident, "device_memory", lambda: memory)
+    split, lines = run(tiny, tmp_path / "split", *arguments)
+    assert any("split over the 2 devices" in line for line in lines)
+    assert (whole["feed"], split["feed"]) == ("resident", "split")
+    assert split["test_correct"] == whole["test_correct"]
+    assert split["test_loss"] == pytest.approx(whole["test_loss"], rel=1e-5)
+    assert rows_of(tmp_path / "split") == rows_of(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("length", [1, 5])
