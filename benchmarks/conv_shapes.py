@@ -10,8 +10,6 @@ input as blocks, as the layer before them leaves it. Forms take turns; medians o
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import sys
 import time
 from pathlib import Path
@@ -20,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.machine import commit, hardware
+from benchmarks import results
 from cifar_jax.errors import UserError, run_command
 from cifar_jax.models import blocked
 from cifar_jax.models.lowering import choose, convolve, cpu_compiler_options
@@ -109,10 +107,9 @@ def measure(shape: tuple, batch: int, rounds: int, seconds: float) -> dict:
 
 def table(result: dict) -> str:
     """Returns the result as Markdown; the fastest form is bold."""
-    machine = result["machine"]
     lines = [
-        f"{machine['cpu']}, {machine['cores']} cores; commit {result['commit'][:12]}, "
-        f"{result['date']}. Milliseconds, forward and gradients.",
+        f"{results.processor(result)}; {results.stamp(result)}. "
+        "Milliseconds, forward and gradients.",
         "",
         f"| convolution | batch | {' | '.join(FORMS)} | `auto` |",
         "|---" * (len(FORMS) + 3) + "|",
@@ -139,15 +136,11 @@ def main() -> None:
     if args.rounds < 1 or args.seconds <= 0:
         raise UserError("--rounds must be at least 1, --seconds above 0")
     result = {
-        "machine": hardware(),
-        "commit": commit(),
-        "date": datetime.date.today().isoformat(),
+        **results.header(),
         "rows": [measure(*case, args.rounds, args.seconds) for case in SHAPES],
     }
     print(table(result))
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
+    results.write(args.out, result)
 
 
 if __name__ == "__main__":

@@ -12,9 +12,7 @@ is a command of its own; an epoch ends when its line arrives here.
 from __future__ import annotations
 
 import argparse
-import datetime
 import itertools
-import json
 import os
 import re
 import statistics
@@ -24,9 +22,11 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.machine import ROOT, commit, hardware
+from benchmarks import results
+from benchmarks.machine import ROOT
 from cifar_jax.errors import UserError, lookup, run_command
 from cifar_jax.recipes import RECIPES
+from cifar_jax.records import peak_bytes
 
 # dropout's 30 epochs take PyTorch's published loop half an hour: 3 show its rate.
 RUNS = "tutorial:2,adam:10,dropout:3"
@@ -83,7 +83,7 @@ def run(words: list[str], environment: dict[str, str]) -> dict:
     return {
         "seconds": time.perf_counter() - start,
         "epochs": epochs,
-        "peak_memory_bytes": usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024),
+        "peak_memory_bytes": peak_bytes(usage),
     }
 
 
@@ -132,11 +132,9 @@ def ahead_after(mine: list[float], theirs: list[float]) -> int | None:
 
 def table(result: dict) -> str:
     """Returns the result as Markdown."""
-    machine = result["machine"]
     lines = [
-        f"{machine['cpu']}, {machine['cores']} cores; {result['dataset']}; commit "
-        f"{result['commit'][:12]}, {result['date']}. Medians of {result['rounds']} rounds, "
-        "seconds from process start.",
+        f"{results.processor(result)}; {result['dataset']}; {results.stamp(result)}. "
+        f"Medians of {result['rounds']} rounds, seconds from process start.",
         "",
         "| recipe, epochs | side | whole command | first epoch done | a further epoch |"
         " peak memory, GB | our command is faster by | ahead from epoch (cold, warm) |",
@@ -182,13 +180,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=1, help="whole runs of each side")
     parser.add_argument("--data-dir", default=None, help="directory of prepared data sets")
     parser.add_argument("--out", type=Path, help="result file (JSON), written after each run")
-    parser.add_argument("--show", type=Path, help="print a result file's table and stop")
+    results.add_show(parser)
     args = parser.parse_args()
-    if args.show:
-        try:
-            print(table(json.loads(args.show.read_text())))
-        except (OSError, ValueError, KeyError) as error:
-            raise UserError(f"--show {args.show} is not a result file: {error}") from None
+    if results.shown(args, table):
         return
     if args.rounds < 1:
         raise UserError(f"--rounds must be at least 1, got {args.rounds}")
@@ -198,10 +192,8 @@ def main() -> None:
 def benchmark(args: argparse.Namespace) -> dict:
     """Runs all commands, sides in turn within a round, and returns what `table` shows."""
     result = {
-        "machine": hardware(),
+        **results.header(),
         "dataset": "cifar10",
-        "commit": commit(),
-        "date": datetime.date.today().isoformat(),
         "rounds": args.rounds,
         "runs": [],
         "not_run": [],
@@ -210,7 +202,7 @@ def benchmark(args: argparse.Namespace) -> dict:
     with tempfile.TemporaryDirectory() as cache:
         for recipe, epochs in runs_from(args.runs):
             found: dict[str, list[dict]] = {}
-            workers = fastest_workers(recipe, args.data_dir) if "published" in args.sides else 0
+            workers = fastest_workers(recipe, args.data_dir) if "published" in sides else 0
             if "ours" in sides:
                 measure("ours", recipe, 1, Path(cache), args.data_dir)  # fills the cache
             for number in range(args.rounds):
@@ -224,14 +216,10 @@ def benchmark(args: argparse.Namespace) -> dict:
                         result["not_run"].append(f"{recipe}: {side}: {error}")
                         continue
                     found.setdefault(side, []).append(taken)
-            ordered = {
-                side: summary(found[side]) for side in args.sides.split(",") if side in found
-            }
+            ordered = {side: summary(found[side]) for side in sides if side in found}
             row = {"recipe": recipe, "epochs": epochs, "published_workers": workers}
             result["runs"].append(row | {"sides": ordered})
-            if args.out:
-                args.out.parent.mkdir(parents=True, exist_ok=True)
-                args.out.write_text(json.dumps(result, indent=1) + "\n")
+            results.write(args.out, result)
     return result
 
 

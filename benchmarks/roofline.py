@@ -14,8 +14,6 @@ Winograd's form does fewer multiplications than the plain convolution, so a step
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import sys
 import tempfile
 import time
@@ -23,8 +21,8 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks import results
 from benchmarks.cases import Case, cases_from
-from benchmarks.machine import commit, hardware
 from cifar_jax.errors import UserError, run_command
 
 CASES = "tutorial:4,adam:128,dropout:20,dropout:128,deep:16,deep:64"
@@ -104,11 +102,11 @@ def measure(case: Case, dataset, rates: dict, seconds: float, windows: int) -> d
 
 def table(result: dict) -> str:
     """Returns the result as Markdown."""
-    machine, rates = result["machine"], result["rates"]
+    rates = result["rates"]
     lines = [
-        f"{machine['cpu']}, {machine['cores']} cores; a 2048 x 2048 float32 product "
-        f"{rates['flops'] / 1e9:.0f} GFLOP/s, memory {rates['bytes'] / 1e9:.1f} GB/s; commit "
-        f"{result['commit'][:12]}, {result['date']}.",
+        f"{results.processor(result)}; a 2048 x 2048 float32 product "
+        f"{rates['flops'] / 1e9:.0f} GFLOP/s, memory {rates['bytes'] / 1e9:.1f} GB/s; "
+        f"{results.stamp(result)}.",
         "",
         "| case | GFLOP a step | MB a step | floor, ms: compute, memory | our step, ms |"
         " GFLOP/s | share of the floor |",
@@ -168,17 +166,16 @@ def main() -> None:
     parallel.enable_compilation_cache()
     dataset = load_dataset("cifar10", data_dir=args.data_dir)
     rates = machine_rates()
+    head = results.header()
+    head["machine"]["device"] = parallel.describe_device()
     result = {
-        "machine": hardware() | {"device": parallel.describe_device()},
-        "commit": commit(),
-        "date": datetime.date.today().isoformat(),
+        **head,
         "rates": rates,
         "cases": [measure(case, dataset, rates, args.seconds, args.windows) for case in cases],
     }
     print(table(result))
+    results.write(args.out, result)
     if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
         draw(result, args.out.with_suffix(".png"))
 
 

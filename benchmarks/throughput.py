@@ -12,14 +12,12 @@ falls on all of them. README.md holds the protocol.
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import sys
 import tempfile
 from pathlib import Path
 
+from benchmarks import results
 from benchmarks.cases import CASE_SETS, Case, cases_from
-from benchmarks.machine import commit, hardware
 from benchmarks.statistics import largest_difference, paired_ratio, spread
 from benchmarks.worker import Worker, add_options
 from cifar_jax.errors import UserError, run_command
@@ -149,13 +147,12 @@ def ratios(sides: dict, mine: str, peers: list[str]) -> dict:
 
 def table(result: dict) -> str:
     """Returns the result as Markdown: against PyTorch, and our sides beside one another."""
-    machine, mine = result["machine"], result["ours"]
-    chip = f"{machine['cpu']}, {machine['cores']} cores"
+    chip, mine = results.processor(result), result["ours"]
     if result["device"] == "gpu":
         chip = f"{result['workers'][mine[0]]['device']} ({chip})"
     lines = [
         f"{chip}; {result['dataset']}, "
-        f"{result['precision']}; commit {result['commit'][:12]}, {result['date']}. "
+        f"{result['precision']}; {results.stamp(result)}. "
         f"Images/s: median (lowest-highest) of {result['rounds']} rounds.",
         "",
         "| case | ours | strongest PyTorch peer | ratio (95 % interval) | published loop | ratio |"
@@ -209,13 +206,9 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1.0, help="length of a window")
     add_options(parser)
     parser.add_argument("--out", type=Path, help="result file (JSON), written after each case")
-    parser.add_argument("--show", type=Path, help="print a result file's table and stop")
+    results.add_show(parser)
     args = parser.parse_args()
-    if args.show:
-        try:
-            print(table(json.loads(args.show.read_text())))
-        except (OSError, ValueError, KeyError) as error:
-            raise UserError(f"--show {args.show} is not a result file: {error}") from None
+    if results.shown(args, table):
         return
     if args.rounds < 1 or args.seconds <= 0 or args.threads < 0:
         raise UserError("--rounds must be at least 1, --seconds above 0, --threads 0 or more")
@@ -246,10 +239,8 @@ def benchmark(args: argparse.Namespace) -> dict:
     ours = [Worker(name, **options) for name in args.ours.split(",")]
     peers = [Worker(name, **options) for name in names]
     result = {
-        "machine": hardware(),
+        **results.header(),
         "ours": [worker.side for worker in ours],
-        "commit": commit(),
-        "date": datetime.date.today().isoformat(),
         **options,
         "rounds": args.rounds,
         "window_seconds": args.seconds,
@@ -270,9 +261,7 @@ def benchmark(args: argparse.Namespace) -> dict:
                 result["cases"].append(row)
                 result["workers"] = {w.side: w.ask(do="describe") for w in [*ours, *peers]}
                 print(f"{case}: {ratio(row['ratio'])} of {row['strongest']}", file=sys.stderr)
-                if args.out:
-                    args.out.parent.mkdir(parents=True, exist_ok=True)
-                    args.out.write_text(json.dumps(result, indent=1) + "\n")
+                results.write(args.out, result)
     finally:
         for worker in [*ours, *peers]:
             worker.close()

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from benchmarks.machine import ROOT
 from cifar_jax.errors import UserError
+from cifar_jax.records import peak_bytes
 
 
 class Worker:
@@ -108,7 +109,7 @@ def describe(side: str) -> dict:
     import resource
 
     out = {
-        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_memory_bytes": peak_bytes(resource.getrusage(resource.RUSAGE_SELF)),
         "processors": len(os.sched_getaffinity(0)),
     }
     versions = {"python": platform.python_version()}

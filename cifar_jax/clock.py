@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 import resource
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import jax
+
+from cifar_jax.records import peak_bytes
 
 _COMPILING = (
     "/jax/core/compile/jaxpr_trace_duration",
@@ -84,7 +85,6 @@ def seconds_since_start() -> float | None:
 
 def peak_memory() -> dict[str, int | None]:
     """Returns the peak bytes so far: `host` of this process, `device` where JAX can tell."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    host = peak_bytes(resource.getrusage(resource.RUSAGE_SELF))
     device = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
     return {"host": host, "device": device}

@@ -21,8 +21,10 @@ import math
 import os
 import platform
 import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -304,6 +306,12 @@ def cpu_model() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+def peak_bytes(usage: Any) -> int:
+    """Returns a process's peak memory in bytes from its `struct_rusage`."""
+    # getrusage(2): kilobytes, but bytes on macOS.
+    return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def usable_cores() -> int:
