@@ -13,6 +13,10 @@ import jax
 from cifar_jax.models.layers import ConvRelu, Dense, Dropout, Flatten
 
 
+def _conv_relu(remat: bool) -> type[nn.Module]:
+    return nn.remat(ConvRelu) if remat else ConvRelu
+
+
 class TutorialCNN(nn.Module):
     """The PyTorch tutorial's network: 62,006 parameters with 10 classes."""
 
@@ -22,7 +26,7 @@ class TutorialCNN(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        convolution = nn.remat(ConvRelu) if self.remat else ConvRelu
+        convolution = _conv_relu(self.remat)
         x = convolution(6, 5, pool=True, lowering=self.lowering, name="conv1")(x)
         x = convolution(16, 5, pool=True, lowering=self.lowering, name="conv2")(x)
         x = Flatten(name="flatten")(x)
@@ -40,7 +44,7 @@ class DeepCNN(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        convolution = nn.remat(ConvRelu) if self.remat else ConvRelu
+        convolution = _conv_relu(self.remat)
         x = convolution(10, 5, lowering=self.lowering, name="conv1")(x)
         x = convolution(20, 5, lowering=self.lowering, name="conv2")(x)
         x = convolution(20, 5, lowering=self.lowering, name="conv3")(x)
@@ -62,7 +66,7 @@ class DropoutCNN(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        convolution = nn.remat(ConvRelu) if self.remat else ConvRelu
+        convolution = _conv_relu(self.remat)
         x = convolution(16, 3, padding=1, pool=True, lowering=self.lowering, name="conv1")(x)
         x = convolution(32, 3, padding=1, pool=True, lowering=self.lowering, name="conv2")(x)
         x = convolution(64, 3, padding=1, pool=True, lowering=self.lowering, name="conv3")(x)

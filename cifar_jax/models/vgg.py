@@ -7,6 +7,8 @@ files fit. Images [N, H, W, 3] (float, normalised) of 32 pixels or more -> logit
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -81,23 +83,10 @@ class VGG(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        def convolutions(module, x, rows):
-            for position, features, pool in rows:
-                x = ConvRelu(
-                    features,
-                    3,
-                    padding=1,
-                    pool=pool,
-                    lowering=module.lowering,
-                    kernel_init=kaiming_normal,
-                    bias_init=_ZEROS,
-                    name=f"features_{position}",
-                )(x)
-            return x
+        def layer(module, x, position, features, pool):
+            return _convolution(ConvRelu, module, position, features, pool=pool)(x)
 
-        for rows in blocks(self.layers, modules=2):
-            x = block(self.remat, convolutions, self, x, rows=rows)
-        x = lowering.to_images(x)
+        x = lowering.to_images(_features(self, x, layer, modules=2))
         if x.shape[1:3] == (1, 1):
             first = RepeatedDense(self.hidden, LINEAR_STDDEV, self.fold, name="classifier_0")
         else:
@@ -130,24 +119,13 @@ class VGGBatchNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        def convolutions(module, x, rows):
-            for position, features, pool in rows:
-                x = Conv(
-                    features,
-                    3,
-                    padding=1,
-                    lowering=module.lowering,
-                    kernel_init=kaiming_normal,
-                    bias_init=_ZEROS,
-                    name=f"features_{position}",
-                )(x)
-                norm = BatchNorm(axis_name=module.axis_name, name=f"features_{position + 1}")
-                x = nn.relu(norm(x, train))
-                x = max_pool(x) if pool else x
-            return x
+        def layer(module, x, position, features, pool):
+            x = _convolution(Conv, module, position, features)(x)
+            norm = BatchNorm(axis_name=module.axis_name, name=f"features_{position + 1}")
+            x = nn.relu(norm(x, train))
+            return max_pool(x) if pool else x
 
-        for rows in blocks(self.layers, modules=3):
-            x = block(self.remat, convolutions, self, x, rows=rows)
+        x = _features(self, x, layer, modules=3)
         return _linear(self.num_classes, "classifier")(x.mean(axis=(1, 2)))
 
 
@@ -175,6 +153,32 @@ def blocks(layers: tuple[int | str, ...], modules: int) -> list[list[tuple[int, 
         if row[2]:
             result.append([])
     return [rows for rows in result if rows]
+
+
+def _features(module: nn.Module, x: jax.Array, layer: Callable, modules: int):
+    """Runs `layer(module, x, position, features, pool)` for every row of `blocks`."""
+
+    def convolutions(module, x, rows):
+        for row in rows:
+            x = layer(module, x, *row)
+        return x
+
+    for rows in blocks(module.layers, modules):
+        x = block(module.remat, convolutions, module, x, rows=rows)
+    return x
+
+
+def _convolution(kind: type[nn.Module], module: nn.Module, position: int, features: int, **more):
+    return kind(
+        features,
+        3,
+        padding=1,
+        lowering=module.lowering,
+        kernel_init=kaiming_normal,
+        bias_init=_ZEROS,
+        name=f"features_{position}",
+        **more,
+    )
 
 
 def _linear(features: int, name: str, init=_NORMAL) -> Dense:
