@@ -1,33 +1,21 @@
 """What importing and training load: nothing heavy, never torch, never TensorFlow."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
-from tiny_data import tiny  # noqa: F401
+from tiny_data import python, tiny
 
 import cifar_jax
 
-ROOT = Path(__file__).resolve().parents[1]
+__all__ = ["tiny"]
 
 
-def python(code, *arguments):
-    """Runs code in a fresh interpreter and returns what it prints last, as JSON."""
-    done = subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+def printed(code, *arguments):
+    """What code prints last in a fresh interpreter, as JSON."""
+    return json.loads(python(code, *arguments).splitlines()[-1])
 
 
 def test_importing_the_package_loads_nothing_heavy():
-    loaded = python(
+    loaded = printed(
         "import json, sys, cifar_jax\n"
         "print(json.dumps(sorted({name.split('.')[0] for name in sys.modules})))"
     )
@@ -56,8 +44,8 @@ print(json.dumps({"loaded": loaded, "correct": summary["test_correct"]}))
 """
 
 
-def test_training_loads_neither_torch_nor_tensorflow(tiny, tmp_path):  # noqa: F811
+def test_training_loads_neither_torch_nor_tensorflow(tiny, tmp_path):
     options = ["--recipe", "adam", "--epochs", 1, "--conv", "lax", "--no-plots"]
-    result = python(TRAIN, *options, "--data-dir", tiny, "--workdir", tmp_path / "run")
+    result = printed(TRAIN, *options, "--data-dir", tiny, "--workdir", tmp_path / "run")
     assert result["loaded"] == []
     assert 0 <= result["correct"] <= 200

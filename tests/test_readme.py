@@ -1,19 +1,15 @@
 """The README's Python examples run as they are printed."""
 
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_data import NAMES, complete, tiny
+from tiny_data import NAMES, ROOT, complete, python, tiny
 
 from cifar_jax import export, inference
 
 __all__ = ["complete", "tiny"]
 
-ROOT = Path(__file__).resolve().parents[1]
 BLOCKS = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
 
 
@@ -26,22 +22,13 @@ OTHERS = [block for block in BLOCKS if block not in SERVING]
 
 
 def run(block, folder):
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", block],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return done
+    return python(block, folder=folder, flags=("-W", "error"))
 
 
 def test_the_example_of_serving_runs_on_what_export_writes(complete, tmp_path):
     (block,) = SERVING
     export.main([str(complete), str(tmp_path / "model.stablehlo")], say=id)
-    lines = run(block, tmp_path).stdout.splitlines()
+    lines = run(block, tmp_path).splitlines()
     (expected,) = np.asarray(inference.load(complete).logits(np.zeros((1, 32, 32, 3), np.uint8)))
     shares = np.exp(expected) / np.exp(expected).sum()
     assert len(lines) == 2
@@ -54,9 +41,9 @@ def test_the_example_of_serving_runs_on_what_export_writes(complete, tmp_path):
 @pytest.mark.parametrize("block", OTHERS, ids=[str(i) for i in range(len(OTHERS))])
 def test_example_runs(block, cifar10, tmp_path):
     """Where CIFAR-10 is prepared: the examples load it by name."""
-    done = run(block, ROOT)
+    said = run(block, ROOT)
     if "train_step" in block:
-        found = re.search(r"loss ([\d.]+), (\d+) of (\d+) right", done.stdout)
+        found = re.search(r"loss ([\d.]+), (\d+) of (\d+) right", said)
         loss, right, count = map(float, found.groups())
         assert 1.0 < loss < 2.31, "below ln 10, the loss of a network that knows nothing"
         assert 0 < right < count == 500

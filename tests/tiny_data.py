@@ -149,6 +149,20 @@ def command_environment(cache: Path) -> dict[str, str]:
     }
 
 
+def python(code: str, *arguments, folder: Path = ROOT, flags=()) -> str:
+    """Runs code in a fresh interpreter in `folder`; returns what it prints."""
+    done = subprocess.run(
+        [sys.executable, *flags, "-c", code, *map(str, arguments)],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 _LAUNCHER = """
 import json, os, sys
 import cifar_jax.train, cifar_jax.finish, cifar_jax.plots, cifar_jax.training
