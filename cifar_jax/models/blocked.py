@@ -42,8 +42,14 @@ def materialize(function: Callable[..., _T], *arrays: jax.Array) -> _T:
     """
     if jax.default_backend() != "cpu":
         return function(*arrays)
+
+    def inside(*arrays):
+        # jnp.where is a call too, and must be inlined, or it is a loop and an array of its own.
+        with set_xla_metadata(inlineable=None):
+            return function(*arrays)
+
     with set_xla_metadata(inlineable="false"):
-        return jax.jit(function)(*arrays)
+        return jax.jit(inside)(*arrays)
 
 
 @functools.partial(

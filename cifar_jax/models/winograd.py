@@ -39,7 +39,7 @@ import numpy as np
 from jax import lax
 
 from cifar_jax.models.blocked import barrier, cut
-from cifar_jax.models.im2col import Geometry, product, unstack_columns, unstack_rows
+from cifar_jax.models.im2col import Geometry, correlate, product, unstack_columns, unstack_rows
 
 # Interpolation points (and infinity) for each n = m + k - 1: small numbers and their inverses
 # keep the matrices' entries, and with them the rounding, small.
@@ -153,7 +153,7 @@ def _backward(g, residuals, dy):
     n, spatial = len(b), dy.shape[3:]
     d = combine(a, _slabs(dy, 1))  # [n columns, m rows, ...]
     d = combine(a, _slabs(d, 1)).reshape(n * n, features, -1)  # [n rows, n columns, ...]
-    du = barrier(_batched(v, d, 2, 2)).reshape(n * n, -1)
+    du = correlate(v, d).reshape(n * n, -1)
     dw = barrier(product(_kernel_map(gk, dy.dtype), du, 0, 0))
     dv = barrier(_batched(u, d, 2, 1)).reshape(n, n, channels, *spatial)
     rows = unstack_rows(combine(b, _slabs(dv, 0)), g)  # [m rows, n columns, C, h, w'*N]
