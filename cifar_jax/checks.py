@@ -98,18 +98,18 @@ def _diverged(what: str, step: int, recipe: Recipe, steps_per_epoch: int, checkp
     )
 
 
-def stuck_advice(means: dict, classes: int) -> list[str]:
+def stuck_advice(loss: float, classes: int) -> list[str]:
     """Returns the lines to print when the first epoch taught nothing, else [].
 
     Args:
-      means: the first epoch's {"loss", "accuracy", ...}.
+      loss: the first epoch's mean.
       classes: number of classes; guessing gives a loss of ln(classes).
     """
     chance = math.log(classes)
-    if means["loss"] < chance - STUCK_MARGIN:
+    if loss < chance - STUCK_MARGIN:
         return []
     return [
-        f"warning: the loss stayed at {means['loss']:.3f}; guessing gives {chance:.3f} "
+        f"warning: the loss stayed at {loss:.3f}; guessing gives {chance:.3f} "
         f"(ln {classes}). Check in this order:",
         "  - the learning rate: most of these networks learn between 0.1 and 0.001",
         "  - --normalize: inputs in [-1, 1] (half) start faster than in [0, 1] (unit)",

@@ -181,9 +181,17 @@ def evaluate_split(
     data = feed.to_device(split.images, split.labels)
     order = feed.batches(np.arange(size, dtype=np.int32), min(batch_size, size))
     sums = jax.device_get(evaluate(variables, data, order))
+    logits = predict(variables, data["image"][np.maximum(order, 0)])
+    return split_results(sums, logits, class_names, size)
+
+
+def split_results(
+    sums: dict, logits: jax.Array, class_names: Sequence[str], size: int
+) -> tuple[dict, np.ndarray]:
+    """Returns what `evaluate_split` does, of the sums over a split of `size` images and their
+    logits [batches, B, C]."""
     found = report.results(sums, sums["confusion"], class_names)
     found["confusion"] = sums["confusion"]
-    logits = predict(variables, data["image"][np.maximum(order, 0)])
     probabilities = np.asarray(jax.nn.softmax(logits)).reshape(-1, logits.shape[-1])
     return found, probabilities[:size]
 

@@ -163,11 +163,15 @@ def train_many(
     """
 
     def body(i, carry):
-        state, record = carry
-        state, sums = step(state, take(data, order[row + i]))
-        return state, {name: record[name].at[start + i].set(sums[name]) for name in record}
+        return recorded_step(step, *carry, data, order, row + i, start + i, take)
 
     return lax.fori_loop(0, length, body, (state, record))
+
+
+def recorded_step(step: Callable, state, record, data, order, row, at, take=take_batch):
+    """One step of `train_many`: row `row` of the order, its sums at place `at` of the record."""
+    state, sums = step(state, take(data, order[row]))
+    return state, {name: record[name].at[at].set(sums[name]) for name in record}
 
 
 class Chunks:

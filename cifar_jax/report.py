@@ -65,6 +65,52 @@ def _ratio(part: int, whole: int) -> float:
     return part / whole if whole else math.nan
 
 
+def window_rows(
+    losses: np.ndarray, before: int, after: int, every: int, *, epoch: int, first_step: int
+) -> list[dict]:
+    """Returns the values of the `window` rows that end within steps before+1..after of an epoch.
+
+    Args:
+      losses: float [steps] or longer, the mean loss of each of the epoch's steps.
+      every: steps in a window; 0 is no window.
+      epoch: its number, from 1.
+      first_step: steps before this epoch.
+    """
+    ends = range((before // every + 1) * every, after + 1, every) if every else ()
+    means = {end: float(losses[end - every : end].astype(np.float64).mean()) for end in ends}
+    return [{"epoch": epoch, "step": first_step + end, "loss": means[end]} for end in ends]
+
+
+def epoch_row(
+    record: Mapping[str, np.ndarray],
+    validation: Mapping | None,
+    *,
+    epoch: int,
+    step: int,
+    learning_rate: float,
+) -> dict:
+    """Returns the values of an `epoch` row.
+
+    Args:
+      record: sums of each of the epoch's steps, {"loss", "correct", "count"} [steps].
+      validation: the same sums over the validation images, scalars; None where there are none.
+      epoch, step: the epoch's number, from 1, and the steps done by its end.
+      learning_rate: of its last step.
+    """
+    means = rates({name: values.sum(dtype=np.float64) for name, values in record.items()})
+    row = {
+        "epoch": epoch,
+        "step": step,
+        "train_loss": means["loss"],
+        "train_accuracy": means["accuracy"],
+        "learning_rate": learning_rate,
+    }
+    if validation is not None:
+        found = rates(validation)
+        row |= {"validation_loss": found["loss"], "validation_accuracy": found["accuracy"]}
+    return row
+
+
 def best_epoch(rows: Sequence[Mapping]) -> Mapping | None:
     """Returns the `epoch` row of the lowest validation loss, the earliest of equal ones.
 
@@ -109,6 +155,24 @@ def epoch_line(row: Mapping, epochs: int, *, best: bool = False) -> str:
     if best:
         parts.append("* best so far")
     return "  ".join(parts)
+
+
+def epochs_line(rows: Sequence[Mapping], epochs: int) -> str:
+    """Returns one line for the same epoch of several runs: `epoch_line` with means over the runs
+    and standard deviations, of at least one row of kind `epoch`."""
+    parts = [f"epoch {rows[0]['epoch']:>{len(str(epochs))}}/{epochs}"]
+    for part in ("train", "validation"):
+        if f"{part}_loss" in rows[0]:
+            loss = _mean_and_std([row[f"{part}_loss"] for row in rows], 4)
+            accuracy = _mean_and_std([100 * row[f"{part}_accuracy"] for row in rows], 2)
+            parts.append(f"{part} loss {loss} accuracy {accuracy} %")
+    parts += [f"{rows[0]['timing']['seconds']:.1f} s", f"{len(rows)} runs"]
+    return "  ".join(parts)
+
+
+def _mean_and_std(values: Sequence[float], digits: int) -> str:
+    mean = f"{np.mean(values):.{digits}f}"
+    return f"{mean} ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else mean
 
 
 def _pair(row: Mapping, part: str) -> str:
@@ -224,6 +288,13 @@ class Progress:
         self._bar.set_description_str(f"epoch {epoch} ", refresh=False)
         self._bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
         self._bar.update(images)
+
+    def skip(self, images: int) -> None:
+        """Moves the bar on by images that were trained on before; they do not count in images/s."""
+        if not self._bar.disable:
+            self._bar.initial += images
+            self._bar.n += images
+            self._bar.refresh()
 
     def print(self, text: str) -> None:
         """Prints `text` to stdout without breaking the bar."""

@@ -44,8 +44,8 @@ class Options:
 class Run:
     """A run's constant parts: what `train`'s phases share.
 
-    `shapes` is the state's, abstract; `place` says where the training images lie
-    (`resident.PLACES`), and `notices` what there is to say about that.
+    `shapes` is the state's, abstract, and `draw(key, **options)` makes a first one; `place` says
+    where the training images lie (`resident.PLACES`), and `notices` what there is to say of that.
     """
 
     config: Config
@@ -60,7 +60,7 @@ class Run:
     mesh: Mesh | None
     place: str
     notices: list[str]
-    create: Callable[..., steps.TrainState]
+    draw: Callable[..., steps.TrainState]
     train_many: Callable
     evaluate: Callable
     predict: Callable
@@ -69,6 +69,18 @@ class Run:
     @property
     def parameters(self) -> int:
         return steps.parameter_count(self.shapes.params)
+
+    def create(self, **options) -> steps.TrainState:
+        """Returns the state before the first step; options as `steps.create_state` takes."""
+        return self.draw(self.keys["state"], **options)
+
+    def with_config(self, config: Config) -> Run:
+        """Returns the run of a config that differs in its seed, and perhaps in numbers that
+        change no program, with the same compiled programs."""
+        keys, training, validation = _drawn(config)
+        return dataclasses.replace(
+            self, config=config, keys=keys, training=training, validation=validation
+        )
 
     def start_from(self, variables: dict, record: dict) -> None:
         """Starts from these variables in place of drawn ones (`initial.Initial`)."""
@@ -96,15 +108,12 @@ def make_run(config: Config, dataset: Dataset, options: Options, clock: Clock) -
     lookup(augment.NORMALIZATIONS, recipe.normalize, "normalization")
     for name in recipe.augment:
         lookup(augment.AUGMENTATIONS, name, "augmentation")
-    keys = feed.run_keys(config.seed)
-    size = len(dataset.splits["train"].labels)
-    training, validation = feed.split_indices(keys["split"], size, recipe.validation_fraction)
+    keys, training, validation = _drawn(config)
     feed.check_batch_size(recipe.batch_size, len(training))
     model = model_of(recipe, len(dataset.class_names), options.lowering)
     image_shape = dataset.splits["train"].images.shape[1:]
     create = from_recipe.state_maker(recipe, model, config.steps_per_epoch, image_shape)
-    create = functools.partial(create, keys["state"])
-    shapes = jax.eval_shape(create)
+    shapes = jax.eval_shape(create, keys["state"])
     layer_groups.check_groups(shapes.params, recipe.freeze, recipe.rate_scales)
     step = from_recipe.step_of(recipe, model, config.steps_per_epoch)
     weights = steps.parameter_count(shapes.params)
@@ -132,7 +141,7 @@ def make_run(config: Config, dataset: Dataset, options: Options, clock: Clock) -
         mesh=mesh,
         place=place,
         notices=[said] if said else [],
-        create=parallel.compile_for_one_call(create, weights),
+        draw=parallel.compile_for_one_call(create, weights),
         train_many=parallel.compile_training(step, mesh=mesh, remat=recipe.remat),
         evaluate=parallel.compile_evaluation(
             functools.partial(steps.eval_step, **inference), eval_mesh
@@ -141,3 +150,10 @@ def make_run(config: Config, dataset: Dataset, options: Options, clock: Clock) -
             functools.partial(steps.predict_step, **inference), eval_mesh
         ),
     )
+
+
+def _drawn(config: Config) -> tuple[dict[str, jax.Array], np.ndarray, np.ndarray]:
+    """What a run's seed decides before its first step: keys, training and validation images."""
+    keys = feed.run_keys(config.seed)
+    size = config.dataset["sizes"]["train"]
+    return keys, *feed.split_indices(keys["split"], size, config.recipe.validation_fraction)

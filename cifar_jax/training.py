@@ -226,12 +226,9 @@ class _Loop:
         first_step = (at.epoch - 1) * len(order)
         check_loss(host, before, at.step, first_step, recipe, len(order), self.checkpoints)
         losses = host["loss"][: at.step] / host["count"][: at.step]
-        every = recipe.log_every
-        if every:
-            for end in range((before // every + 1) * every, at.step + 1, every):
-                mean = float(losses[end - every : end].astype(np.float64).mean())
-                row = self._row("window", epoch=at.epoch, step=first_step + end, loss=mean)
-                self.say(report.window_line(row, len(order)))
+        where = {"epoch": at.epoch, "first_step": first_step}
+        for values in report.window_rows(losses, before, at.step, recipe.log_every, **where):
+            self.say(report.window_line(self._row("window", **values), len(order)))
         images = int(host["count"][before : at.step].sum())
         self.bar.update(images, epoch=at.epoch, loss=float(losses[before:].mean()))
         signal = self.stop()
@@ -249,32 +246,20 @@ class _Loop:
 
     def _finish_epoch(self, at: Position, host: dict, started: float) -> Position:
         run, recipe = self.run, self.recipe
-        means = report.rates({name: values.sum(dtype=np.float64) for name, values in host.items()})
-        step = at.epoch * run.steps_per_epoch
-        row = {
-            "epoch": at.epoch,
-            "step": step,
-            "train_loss": means["loss"],
-            "train_accuracy": means["accuracy"],
-            "learning_rate": optimizers.learning_rate(recipe, run.steps_per_epoch, step - 1),
-        }
-        metric = None
+        step, sums = at.epoch * run.steps_per_epoch, None
         if self.validation_order is not None:
             with run.clock("validation"):
-                sums = jax.device_get(
-                    run.evaluate(
-                        steps.inference_variables(at.state), self.data, self.validation_order
-                    )
-                )
-            found = report.rates(sums)
-            row |= {"validation_loss": found["loss"], "validation_accuracy": found["accuracy"]}
-            metric = found["loss"]
+                variables = steps.inference_variables(at.state)
+                sums = jax.device_get(run.evaluate(variables, self.data, self.validation_order))
+        rate = optimizers.learning_rate(recipe, run.steps_per_epoch, step - 1)
+        row = report.epoch_row(host, sums, epoch=at.epoch, step=step, learning_rate=rate)
+        metric = row.get("validation_loss")
         row = self._row("epoch", **row, timing={"seconds": round(time.monotonic() - started, 3)})
         best = report.best_epoch(read_metrics(self.log.path, "epoch"))
         is_best = best is not None and best["epoch"] == at.epoch
         self.say(report.epoch_line(row, recipe.epochs, best=is_best))
         if at.epoch == 1:
-            for line in stuck_advice(means, len(run.dataset.class_names)):
+            for line in stuck_advice(row["train_loss"], len(run.dataset.class_names)):
                 self.say(line)
         record = parallel.empty_record(run.steps_per_epoch)
         at = dataclasses.replace(at, epoch=at.epoch + 1, step=0, record=record)
