@@ -61,6 +61,38 @@ def seed(text: str) -> int:
     return value
 
 
+MAX_SEEDS = 10_000
+
+
+def seeds(text: str) -> tuple[int, ...]:
+    """Parses `0:32` (0 to 31), `0:32:2`, single seeds, and several of these with commas."""
+    found: list[int] = []
+    for part in text.split(","):
+        bounds = part.split(":")
+        try:
+            numbers = [int(bound) for bound in bounds]
+        except ValueError:
+            numbers = []
+        if not 1 <= len(numbers) <= 3:
+            raise argparse.ArgumentTypeError(
+                f"{part!r} is no range of seeds; examples: 0:32 (0 to 31), 0:32:2, 3,5,9"
+            )
+        if len(numbers) == 3 and numbers[2] < 1:
+            raise argparse.ArgumentTypeError(f"{part!r} must count up: its third number is a step")
+        named = range(*numbers) if len(numbers) > 1 else range(numbers[0], numbers[0] + 1)
+        if not named:
+            raise argparse.ArgumentTypeError(f"{part!r} is empty; 0:32 is 0 to 31")
+        if named[0] < 0 or named[-1] > MAX_SEED:
+            raise argparse.ArgumentTypeError(f"{part!r} is not between 0 and {MAX_SEED}")
+        if len(found) + len(named) > MAX_SEEDS:
+            raise argparse.ArgumentTypeError(f"{text!r} names more than {MAX_SEEDS:,} seeds")
+        twice = set(found) & set(named)
+        if twice:
+            raise argparse.ArgumentTypeError(f"{text!r} names seed {min(twice)} twice")
+        found += named
+    return tuple(found)
+
+
 def positive(text: str) -> int:
     """Parses a whole number from 1 on."""
     try:
@@ -147,6 +179,41 @@ def add_device_options(parser: Parser) -> None:
         "--devices", default="auto", help="devices that share a batch: auto, all or a number"
     )
     group.add_argument("--conv", default="auto", help="convolutions: auto, lax, gemm or winograd")
+
+
+def add_replica_options(parser: Parser) -> None:
+    """Adds what makes many runs of one command."""
+    group = parser.add_argument_group("many runs at once")
+    group.add_argument(
+        "--seeds", type=seeds, help="a run for each: 0:32 (0 to 31), 0:32:2, 3,5,9 or several"
+    )
+    group.add_argument(
+        "--replica-form",
+        default="auto",
+        help="map (one after another on each device), vmap (together), or auto by device",
+    )
+    group.add_argument(
+        "--group-size", type=positive, help="runs trained together (default: what fits in memory)"
+    )
+
+
+def check_replica_options(options: argparse.Namespace) -> None:
+    """Raises `UserError` where `--seeds` stands beside what it does not go with, or its own
+    options stand without it."""
+    if options.seeds is None:
+        for name, default in (("replica_form", "auto"), ("group_size", None)):
+            if getattr(options, name) != default:
+                raise UserError(f"--{name.replace('_', '-')} is about many runs: give --seeds too")
+        return
+    from cifar_jax.replicas import check_form
+
+    check_form(options.replica_form)
+    if hasattr(options, "seed"):
+        raise UserError("--seed is one run and --seeds are many; give one of them")
+    if options.feed != "resident":
+        raise UserError("--seeds needs the data set on the device: leave --feed stream away")
+    if options.tensorboard:
+        raise UserError("--tensorboard writes one run's events; leave it away with --seeds")
 
 
 def start_device(options: argparse.Namespace) -> None:

@@ -14,7 +14,7 @@ from cifar_jax.models import fold
 from cifar_jax.recipes import Recipe
 from cifar_jax.run import Run
 from cifar_jax.training import Print
-from cifar_jax.workdir import write_json
+from cifar_jax.workdir import show_seeds, write_json
 
 
 def test(run: Run, state: steps.TrainState, split: str) -> tuple[dict, np.ndarray]:
@@ -68,10 +68,11 @@ def opening_lines(run: Run, workdir: Path) -> list[str]:
     train = len(run.training)
     tested = len(run.dataset.splits["test"].labels)
     split = f"{train:,} training, {len(run.validation):,} validation, {tested:,} test images"
+    seeds = f"of each of {show_seeds(run.config.seeds)}" if run.config.seeds else run.config.seed
     lines = [
         f"Device     {where}, jax {environment['versions']['jax']}",
         f"Data set   {run.dataset.source}",
-        f"Split      {split}, seed {run.config.seed}",
+        f"Split      {split}, seed {seeds}",
         f"Precision  {recipe.precision}, convolutions {run.options.lowering}",
         f"Recipe     {run.config.recipe_name}: {describe(recipe)}",
         *run.notices,

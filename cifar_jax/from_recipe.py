@@ -4,7 +4,7 @@ later use of the weights."""
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import flax.linen as nn
 import jax
@@ -42,18 +42,38 @@ def state_maker(
     )
 
 
-def step_of(recipe: Recipe, model: nn.Module, steps_per_epoch: int) -> Callable:
-    """Returns `step(state, batch) -> (state, sums)`: `steps.train_step` of this recipe."""
+# Numbers of a recipe that a step takes as arrays: runs that differ in nothing else share programs.
+TRACED = (*optimizers.TRACED, "label_smoothing", "ema_decay")
+
+
+def step_of(
+    recipe: Recipe,
+    model: nn.Module,
+    steps_per_epoch: int,
+    numbers: Mapping[str, jax.Array] | None = None,
+) -> Callable:
+    """Returns `step(state, batch) -> (state, sums)`: `steps.train_step` of this recipe, with
+    `numbers` in place of its own `TRACED` ones (see `optimizers.make_optimizer`)."""
+    given = dict(numbers or {})
     return functools.partial(
         steps.train_step,
         model=model,
-        optimizer=optimizers.make_optimizer(recipe, steps_per_epoch),
+        optimizer=optimizers.make_optimizer(recipe, steps_per_epoch, given),
         preprocess=preprocess_of(recipe),
-        label_smoothing=recipe.label_smoothing,
-        ema_decay=recipe.ema_decay,
+        label_smoothing=given.get("label_smoothing", recipe.label_smoothing),
+        ema_decay=given.get("ema_decay", recipe.ema_decay),
         freeze=recipe.freeze,
         accumulate=recipe.accumulate,
     )
+
+
+def swept_step_of(recipe: Recipe, model: nn.Module, steps_per_epoch: int) -> Callable:
+    """Returns `step(state, batch, **numbers)`: `step_of` with the numbers it is called with."""
+
+    def step(state, batch, **numbers):
+        return step_of(recipe, model, steps_per_epoch, numbers)(state, batch)
+
+    return step
 
 
 def payload(state, record: dict) -> dict:

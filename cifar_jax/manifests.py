@@ -204,6 +204,9 @@ def locate(path: str | os.PathLike, which: str | int = "latest") -> tuple[Path, 
     for directory in (path / "checkpoints", path):
         if folders(directory):
             return directory, which
+    members = sorted(entry.name for entry in path.glob("seed-*"))
+    if members:
+        raise UserError(f"{path} holds {len(members)} runs; name one, as {path / members[0]}")
     raise UserError(f"no checkpoint in {path}; give a run directory, or train one first")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 
 import jax
 import optax
@@ -57,33 +58,56 @@ def _schedule(recipe: Recipe, steps_per_epoch: int) -> optax.Schedule | float:
     return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), main], [warmup])
 
 
+def _rate(recipe: Recipe, steps_per_epoch: int, peak: jax.Array | None):
+    """`make_schedule`, with a traced peak in place of the recipe's: a schedule's rates are its
+    shape times its peak."""
+    if peak is None:
+        return make_schedule(recipe, steps_per_epoch)
+    shape = make_schedule(recipe.replace(learning_rate=1.0), steps_per_epoch)
+    return (lambda step: peak * shape(step)) if callable(shape) else peak
+
+
 _NOT_FOLDED = (
     "--optimizer adam with --weight-decay cannot train the folded layer exactly: "
     "use --optimizer adamw, or --no-fold"
 )
 
 
-def make_optimizer(recipe: Recipe, steps_per_epoch: int) -> optax.GradientTransformation:
+# What of a recipe may be traced, so that runs which differ in it share a program.
+TRACED = ("learning_rate", "momentum", "weight_decay", "clip_norm")
+
+
+def make_optimizer(
+    recipe: Recipe, steps_per_epoch: int, numbers: Mapping[str, jax.Array] | None = None
+) -> optax.GradientTransformation:
     """Returns clip -> (coupled decay) -> rule -> (decoupled decay) -> -learning rate
     -> (factors of layers with a rate of their own).
 
     SGD's momentum buffer and Adam's epsilon are PyTorch's: buf = mu * buf + g, and
     m_hat / (sqrt(v_hat) + 1e-8). Parameters with a folded layer get the updates of the unfolded
     one (`models/fold.py`); `init` raises `UserError` for Adam with coupled decay, which cannot.
+
+    Args:
+      numbers: float32 scalars, traced perhaps, in place of the recipe's own `TRACED` numbers. The
+        recipe then says which parts there are: one that it has switched off by 0 stays so.
     """
-    parts = []
+    parts, given = [], dict(numbers or {})
+    clip_norm, weight_decay, momentum = (
+        given.get(name, getattr(recipe, name)) for name in ("clip_norm", "weight_decay", "momentum")
+    )
     if recipe.clip_norm:
-        parts.append(fold.clip_by_global_norm(recipe.clip_norm))
+        parts.append(fold.clip_by_global_norm(clip_norm))
     if recipe.weight_decay and recipe.optimizer != "adamw":
-        decay = optax.add_decayed_weights(recipe.weight_decay)
+        decay = optax.add_decayed_weights(weight_decay)
         parts.append(fold.refuse(decay, _NOT_FOLDED) if recipe.optimizer == "adam" else decay)
     if recipe.optimizer in ("adam", "adamw"):
         parts.append(optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-8))
     elif recipe.momentum:
-        parts.append(optax.trace(recipe.momentum, nesterov=recipe.nesterov))
+        parts.append(optax.trace(momentum, nesterov=recipe.nesterov))
     if recipe.weight_decay and recipe.optimizer == "adamw":
-        parts.append(optax.add_decayed_weights(recipe.weight_decay))
-    parts.append(optax.scale_by_learning_rate(make_schedule(recipe, steps_per_epoch)))
+        parts.append(optax.add_decayed_weights(weight_decay))
+    rate = _rate(recipe, steps_per_epoch, given.get("learning_rate"))
+    parts.append(optax.scale_by_learning_rate(rate))
     if recipe.rate_scale:
         parts.append(scale_rates(recipe.rate_scales))
     chain = optax.chain(*parts)

@@ -116,7 +116,7 @@ def cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float = 0.0) 
     With smoothing s the target is (1 - s) one-hot + s / C, as PyTorch's `label_smoothing`.
     """
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-    if smoothing:
+    if isinstance(smoothing, jax.Array) or smoothing:
         uniform = -jax.nn.log_softmax(logits).mean(axis=-1)
         losses = (1 - smoothing) * losses + smoothing * uniform
     return losses

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
 import json
 import shlex
 import signal
@@ -13,10 +15,18 @@ from pathlib import Path
 from cifar_jax import cli
 from cifar_jax.errors import UserError, nearest, run_command
 
+DEFAULT_SEED = 42
+
 
 def make_parser() -> cli.Parser:
     parser = cli.Parser(prog="python -m cifar_jax.train", description=__doc__)
-    parser.add_argument("--seed", type=cli.seed, default=42, help="of everything random")
+    parser.add_argument(
+        "--seed",
+        type=cli.seed,
+        default=argparse.SUPPRESS,  # to know whether it was given beside --seeds
+        help=f"of everything random (default: {DEFAULT_SEED})",
+    )
+    cli.add_replica_options(parser)
     parser.add_argument("--workdir", help="run directory; resumes by itself (default: runs/...)")
     parser.add_argument("--overwrite", action="store_true", help="start anew in a used workdir")
     parser.add_argument(
@@ -101,9 +111,10 @@ def main(arguments: Sequence[str] | None = None, say=print) -> dict:
         raise UserError(f"unknown --feed {options.feed!r}; {nearest(options.feed, feed.FEEDS)}")
     if not options.save_minutes > 0:
         raise UserError(f"--save-minutes must be above 0, got {options.save_minutes:g}")
+    cli.check_replica_options(options)
     cli.start_device(options)
 
-    from cifar_jax import finish, initial, training
+    from cifar_jax import finish, initial, many, replicas, training
     from cifar_jax.clock import Clock
     from cifar_jax.from_recipe import input_shape
     from cifar_jax.run import Options, make_run
@@ -112,8 +123,10 @@ def main(arguments: Sequence[str] | None = None, say=print) -> dict:
     clock = Clock()
     with clock("data"):
         dataset, recipe = _load(options, recipe, say)
-    config = Config(recipe_name, recipe, options.seed, describe_data(dataset))
-    workdir = Path(options.workdir or f"runs/{recipe_name}-seed{options.seed}").absolute()
+    seeds = options.seeds or ()
+    seed = seeds[0] if seeds else getattr(options, "seed", DEFAULT_SEED)
+    config = Config(recipe_name, recipe, seed, describe_data(dataset), seeds=seeds)
+    workdir = Path(options.workdir or _default_workdir(config)).absolute()
     run_options = Options(
         feed=options.feed,
         lowering=options.conv,
@@ -122,6 +135,10 @@ def main(arguments: Sequence[str] | None = None, say=print) -> dict:
         plots=not options.no_plots,
         tensorboard=options.tensorboard,
     )
+    if seeds:
+        form = replicas.choose_form(options.replica_form)
+        lowering = replicas.choose_lowering(form, options.conv)
+        run_options = dataclasses.replace(run_options, lowering=lowering, devices="1")
     run = make_run(config, dataset, run_options, clock)
     # All that may refuse comes before there is a directory.
     source, notices = _source(options, recipe), []
@@ -130,14 +147,20 @@ def main(arguments: Sequence[str] | None = None, say=print) -> dict:
         run.start_from(start.variables, start.record)
         notices = [*start.notices, ""]
     opening = [*finish.opening_lines(run, workdir), *notices]
+    if seeds:
+        plan = many.make_plan(run, len(seeds), form, options.devices, options.group_size)
+        opening += many.opening_lines(run, plan)
+    shown = many.results_text if seeds else finish.results_text
     with open_workdir(workdir, run.config, overwrite=options.overwrite) as resume:
-        summary = _complete(workdir, say) if resume else None
+        summary = _complete(workdir, shown, say) if resume else None
         if summary is not None:
             return summary
         for line in opening:
             say(line)
         with stop_requests() as stop:
             try:
+                if seeds:
+                    return many.train_and_test(run, plan, workdir, stop, say)
                 state, trained = training.train(run, workdir, stop, say, resume)
             except training.Interrupted as interrupted:
                 number, step = interrupted.args
@@ -149,14 +172,19 @@ def main(arguments: Sequence[str] | None = None, say=print) -> dict:
         return finish.finish(run, workdir, state, trained, say)
 
 
-def _complete(workdir: Path, say) -> dict | None:
-    """Shows and returns the summary of a run that is complete, None where it is not."""
-    from cifar_jax import finish
+def _default_workdir(config) -> str:
+    seeds = config.seeds
+    if not seeds:
+        return f"runs/{config.recipe_name}-seed{config.seed}"
+    return f"runs/{config.recipe_name}-seeds{min(seeds)}-{max(seeds)}"
 
+
+def _complete(workdir: Path, results_text, say) -> dict | None:
+    """Shows and returns the summary of a run that is complete, None where it is not."""
     path = workdir / "summary.json"
     try:
         summary = json.loads(path.read_text(encoding="utf-8"))
-        shown = finish.results_text(summary)
+        shown = results_text(summary)
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):

@@ -5,6 +5,10 @@ metrics.jsonl    one row a window, an epoch, the test
 summary.json     written at the end
 checkpoints/     newest and best
 plots/           pictures
+
+Of several runs at once (`--seeds`), the directory holds `config.json`, `summary.json` and `plots/`
+of all of them together, `seed-<n>/`, each the directory of an ordinary run (with the test's
+`probabilities.npy`), and until these are written `groups/`, what it takes to go on.
 """
 
 from __future__ import annotations
@@ -15,14 +19,19 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 
 from cifar_jax.errors import UserError
 from cifar_jax.recipes import Recipe
 
 FORMAT = 1
-_OWN_NAMES = ("config.json", "metrics.jsonl", "summary.json", "checkpoints", "plots", "tensorboard")
+_OWN_NAMES = (
+    *("config.json", "metrics.jsonl", "summary.json", "checkpoints", "plots", "tensorboard"),
+    *("probabilities.npy", "results.csv", "groups"),
+)
+_OWN_PATTERN = "seed-*"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +44,8 @@ class Config:
       seed: of weights, split, order, dropout and augmentation.
       dataset: `name`, `version`, `fingerprint`, `class_names`, `image_shape` and `sizes` (images
         by split) of the data.
+      seeds: of a directory of several runs, all their seeds (`seed` is the first); else empty.
+      axes: of a sweep, which settings it varies and how; else None.
       init_from: of the weights it starts from where they are not drawn (`initial.Initial`):
         `source`, `sha256`, `redrawn`; else None. Their content counts, not where they lay.
     """
@@ -44,6 +55,8 @@ class Config:
     seed: int
     dataset: dict
     init_from: dict | None = None
+    seeds: tuple[int, ...] = ()
+    axes: dict | None = None
 
     @property
     def training_images(self) -> int:
@@ -64,6 +77,8 @@ class Config:
             "seed": self.seed,
             "dataset": self.dataset,
             **({"init_from": self.init_from} if self.init_from else {}),
+            **({"seeds": list(self.seeds)} if self.seeds else {}),
+            **({"axes": self.axes} if self.axes else {}),
         }
 
 
@@ -93,7 +108,12 @@ def read_config(path: Path) -> Config:
             raise UserError(f"{file} has format {values['format']}, this version reads {FORMAT}")
         recipe = Recipe.from_dict(values["recipe"])
         config = Config(values["recipe_name"], recipe, values["seed"], values["dataset"])
-        config = dataclasses.replace(config, init_from=values.get("init_from"))
+        config = dataclasses.replace(
+            config,
+            init_from=values.get("init_from"),
+            seeds=tuple(values.get("seeds", ())),
+            axes=values.get("axes"),
+        )
         _check_init(config.init_from)
         _check_data(config.dataset)
         return config
@@ -122,6 +142,22 @@ def _shown_init(init: dict | None) -> str:
     return f"{init['source']} (sha256 {init['sha256'][:12]})" if init else "none"
 
 
+def _shown_seeds(config: Config) -> str:
+    return show_seeds(config.seeds) if config.seeds else str(config.seed)
+
+
+def _shown_axes(axes: dict | None) -> str:
+    return ", ".join(f"{name} {text}" for name, text in axes.items()) if axes else "none"
+
+
+def show_seeds(seeds: Sequence[int]) -> str:
+    """Returns seeds as `--seeds` takes them: `0:32` where they follow one another."""
+    first, last = seeds[0], seeds[-1]
+    if list(seeds) == list(range(first, last + 1)):
+        return f"{first}:{last + 1}"
+    return ",".join(map(str, seeds))
+
+
 def differences(old: Config, new: Config) -> list[str]:
     """Returns one `name: old -> new` for each setting in which two runs differ."""
     found = []
@@ -136,8 +172,10 @@ def differences(old: Config, new: Config) -> list[str]:
     if was.get("sha256") != now.get("sha256"):
         shown = f"{_shown_init(old.init_from)} -> {_shown_init(new.init_from)}"
         found.append(f"init_from: {shown}")
-    if old.seed != new.seed:
-        found.append(f"seed: {old.seed} -> {new.seed}")
+    if (old.seeds or old.seed) != (new.seeds or new.seed):
+        found.append(f"seed: {_shown_seeds(old)} -> {_shown_seeds(new)}")
+    if old.axes != new.axes:
+        found.append(f"axes: {_shown_axes(old.axes)} -> {_shown_axes(new.axes)}")
     return found
 
 
@@ -158,7 +196,9 @@ def _check_contents(path: Path, overwrite: bool) -> None:
     if (path / "config.json").exists():
         return
     found = sorted(p.name for p in path.iterdir() if p.name != ".lock")
-    strangers = [name for name in found if name not in _OWN_NAMES]
+    strangers = [
+        name for name in found if name not in _OWN_NAMES and not fnmatch(name, _OWN_PATTERN)
+    ]
     if strangers:
         raise UserError(
             f"--workdir {path} holds other files ({strangers[0]} ...) and is no run directory; "
@@ -191,8 +231,8 @@ def open_workdir(path: Path | str, config: Config, *, overwrite: bool = False) -
         _check_contents(path, overwrite)
         if overwrite:
             # The config goes last: killed half-way, the directory is still known as a run's.
-            for name in reversed(_OWN_NAMES):
-                target = path / name
+            members = list(path.glob(_OWN_PATTERN))
+            for target in [*members, *(path / name for name in reversed(_OWN_NAMES))]:
                 shutil.rmtree(target) if target.is_dir() else target.unlink(missing_ok=True)
         resume = (path / "config.json").exists()
         if resume:

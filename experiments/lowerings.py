@@ -19,7 +19,8 @@ from cifar_jax import cli
 from cifar_jax.errors import lookup, run_command
 from cifar_jax.recipes import RECIPES
 from cifar_jax.records import to_json, write_summary
-from experiments.reproduce import RESULTS, measure, ours, seeds, spread
+from cifar_jax.spread import spread
+from experiments.reproduce import RESULTS, measure, ours
 
 COMPARED = ("lax", "gemm", "winograd")
 
@@ -72,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> dict:
     parser = cli.Parser(prog="python -m experiments.lowerings", description=__doc__)
     parser.add_argument("--recipe", default="tutorial", help="its name")
     parser.add_argument("--epochs", type=cli.positive, help="in place of the recipe's")
-    parser.add_argument("--seeds", default="0:8", help="0:8 is 0 to 7")
+    parser.add_argument("--seeds", type=cli.seeds, default="0:8", help="0:8 is 0 to 7")
     parser.add_argument("--runs", default="runs/lowerings", help="where run directories go")
     parser.add_argument("--out", default=str(RESULTS), help="where the table goes")
     cli.add_data_options(parser)
@@ -82,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> dict:
     epochs = options.epochs or recipe.epochs
     extra += ["--epochs", str(epochs)]
     runs: dict[str, list[dict]] = {name: [] for name in COMPARED}
-    for seed in seeds(options.seeds):
+    for seed in options.seeds:
         for name in COMPARED:
             root = Path(options.runs) / name
             runs[name] += ours(

@@ -13,60 +13,18 @@ from __future__ import annotations
 
 import json
 import math
-import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from cifar_jax import cli, train
-from cifar_jax.errors import UserError, lookup, run_command
+from cifar_jax.errors import lookup, run_command
+from cifar_jax.published import PUBLISHED
 from cifar_jax.recipes import RECIPES
 from cifar_jax.records import to_json, write_summary
+from cifar_jax.spread import spread
 
 RESULTS = Path(__file__).resolve().parent / "results"
-
-# What the write-ups printed from their own single runs: test accuracy in percent, and the test
-# loss where they gave one; each class's accuracy in label order.
-PUBLISHED = {
-    "tutorial": {
-        "accuracy": [55.0, 54.0],
-        "per_class": [58, 73, 46, 46, 44, 31, 72, 51, 61, 59],
-    },
-    "adam": {
-        "accuracy": [58.0],
-        "per_class": [60.8, 60.4, 57.8, 36.4, 46.7, 43.1, 78.3, 60.2, 73.5, 68.4],
-    },
-    "dropout": {
-        "accuracy": [74.51],
-        "loss": 0.753790,
-        "per_class": [81.6, 88.1, 62.9, 57.0, 66.3, 66.6, 84.9, 77.4, 83.9, 76.4],
-    },
-    "deep": {"accuracy": [46.37]},
-}
-
-
-def seeds(text: str) -> range:
-    """Parses `0:8` (0 to 7) or one seed. Raises `UserError`."""
-    first, colon, last = text.partition(":")
-    try:
-        found = range(int(first), int(last)) if colon else range(int(first), int(first) + 1)
-    except ValueError:
-        raise UserError(f"--seeds must look like 0:8 or 3, got {text!r}") from None
-    if not found or found.start < 0:
-        raise UserError(f"--seeds {text} names no seed")
-    return found
-
-
-def spread(values: Sequence[float]) -> dict:
-    """Returns {"n", "mean", "std" (n - 1), "standard_error"} of at least one value."""
-    n = len(values)
-    std = statistics.stdev(values) if n > 1 else math.nan
-    return {
-        "n": n,
-        "mean": statistics.fmean(values),
-        "std": std,
-        "standard_error": std / math.sqrt(n),
-    }
 
 
 def measure(runs: Sequence[dict]) -> dict:
@@ -80,7 +38,7 @@ def measure(runs: Sequence[dict]) -> dict:
     }
 
 
-def ours(recipe: str, found: range, root: Path, extra: Sequence[str]) -> list[dict]:
+def ours(recipe: str, found: Sequence[int], root: Path, extra: Sequence[str]) -> list[dict]:
     """Trains (or reads back) a run for each seed."""
     runs = []
     for seed in found:
@@ -176,7 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> dict:
     """Parses, trains, writes the table."""
     parser = cli.Parser(prog="python -m experiments.reproduce", description=__doc__)
     parser.add_argument("--recipes", type=cli.names, default=tuple(PUBLISHED), help="a,b,c")
-    parser.add_argument("--seeds", default="0:8", help="0:8 is 0 to 7")
+    parser.add_argument("--seeds", type=cli.seeds, default="0:8", help="0:8 is 0 to 7")
     parser.add_argument("--runs", default="runs/reproduce", help="where run directories go")
     parser.add_argument("--out", default=str(RESULTS), help="where the tables go")
     cli.add_data_options(parser)
@@ -187,7 +145,7 @@ def main(arguments: Sequence[str] | None = None) -> dict:
     results = _former(out / "reproduce.json")
     for name in options.recipes:
         lookup(RECIPES, name, "recipe")
-        runs = ours(name, seeds(options.seeds), Path(options.runs), extra)
+        runs = ours(name, options.seeds, Path(options.runs), extra)
         theirs = pytorch(name)
         result = {
             "published": lookup(PUBLISHED, name, "published run"),

@@ -1,7 +1,6 @@
 """The statistics of the experiments' tables, by hand."""
 
 import json
-import math
 
 import pytest
 
@@ -13,19 +12,11 @@ def run(seed, accuracy, loss=1.0):
     return {"seed": seed, "accuracy": accuracy, "loss": loss, "classes": [accuracy, 0.5]}
 
 
-def test_spread_is_the_sample_standard_deviation():
-    found = reproduce.spread([1.0, 2.0, 3.0, 4.0])
-    assert (found["n"], found["mean"]) == (4, 2.5)
-    assert found["std"] == pytest.approx(math.sqrt(5 / 3))
-    assert found["standard_error"] == pytest.approx(math.sqrt(5 / 12))
-    assert math.isnan(reproduce.spread([1.0])["std"])
-
-
+@pytest.mark.parametrize("command", [reproduce.main, lowerings.main])
 @pytest.mark.parametrize("text", ["", "3:3", "-1:2", "a", "1:b"])
-def test_seeds_that_name_nothing_are_refused(text):
-    with pytest.raises(UserError):
-        reproduce.seeds(text)
-    assert list(reproduce.seeds("2:4")) == [2, 3]
+def test_seeds_that_name_nothing_are_refused(command, text):
+    with pytest.raises(UserError, match="argument --seeds"):
+        command([f"--seeds={text}"])
 
 
 def test_lowerings_are_compared_seed_by_seed():

@@ -8,12 +8,14 @@ import sys
 import time
 from pathlib import Path
 
+import flax.linen as nn
 import jax
 import numpy as np
 import pytest
 
 from cifar_jax import checkpoints, inference, train
-from cifar_jax.models import make_model
+from cifar_jax.models import MODELS, make_model
+from cifar_jax.models.layers import ConvRelu, Dense, Dropout, Flatten
 from cifar_jax.records import read_metrics
 from cifar_jax.workdir import read_config
 
@@ -31,6 +33,28 @@ RICH = [
     *words("--select-best --log-every 8"),
 ]
 STEPS = 35  # an epoch of 480 images in batches of 14; the last holds 4
+
+
+class Small(nn.Module):
+    """A network with a convolution and dropout that compiles and trains in a moment."""
+
+    num_classes: int = 10
+    lowering: str = "auto"
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = ConvRelu(4, 5, pool=True, lowering=self.lowering, name="conv1")(x)
+        x = Dropout(0.25, name="dropout1")(Flatten(name="flatten")(x), train)
+        return Dense(self.num_classes, name="fc1")(x)
+
+
+@pytest.fixture(scope="module")
+def small():
+    """Registers `Small` as the model `small`."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setitem(MODELS, "small", Small)
+        yield "small"
+
 
 _made: dict[str, Path] = {}
 

@@ -1,0 +1,89 @@
+"""How many runs fit in memory together."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import jax
+
+from cifar_jax.from_recipe import input_shape
+from cifar_jax.model_summary import summarise
+from cifar_jax.run import Run
+
+# Of a state: as it goes into a program and as it comes out, its best so far, a save under way.
+STATES = 4
+# Of a layer's output in training: itself, what the backward pass keeps, its gradient, and patches
+# of a convolution, several times an image. An upper estimate, not a measurement.
+ACTIVATIONS = 16
+# What is left to everything else.
+SHARE = 0.7
+
+
+def state_bytes(run: Run) -> int:
+    """Returns the bytes of one run's state."""
+    return sum(leaf.size * max(leaf.dtype.itemsize, 4) for leaf in jax.tree.leaves(run.shapes))
+
+
+def activation_bytes(run: Run) -> int:
+    """Returns about how many bytes a training step of one run holds besides the state."""
+    recipe = run.config.recipe
+    layers = summarise(run.model, input_shape(recipe, run.config.dataset["image_shape"]))
+    numbers = sum(math.prod(layer.output_shape) for layer in layers)
+    return ACTIVATIONS * 4 * numbers * -(-recipe.batch_size // recipe.accumulate)
+
+
+def available_bytes() -> int | None:
+    """Returns the memory that is free for replicas on all local devices, None if unknown.
+
+    An accelerator says so itself (`memory_stats`); a CPU's is the host's, within the limit of the
+    process's control group.
+    """
+    devices = jax.local_devices()
+    stats = devices[0].memory_stats() or {}
+    if "bytes_limit" in stats:
+        return len(devices) * (stats["bytes_limit"] - stats.get("bytes_in_use", 0))
+    free = [_meminfo(), _cgroup()]
+    return min((value for value in free if value is not None), default=None)
+
+
+def _meminfo() -> int | None:
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except (OSError, ValueError):
+        pass
+    return None
+
+
+def _cgroup() -> int | None:
+    """What the control group (version 2) leaves; None where it sets no limit."""
+    folder = Path("/sys/fs/cgroup")
+    try:
+        limit = int((folder / "memory.max").read_text())
+        return max(limit - int((folder / "memory.current").read_text()), 0)
+    except (OSError, ValueError):
+        return None
+
+
+def group_size(run: Run, form: str, devices: int, available: int | None) -> tuple[int, int]:
+    """Returns how many runs are trained together, at least one a device, and the bytes of one.
+
+    Args:
+      run: any of the runs.
+      form: under `map` one run of a device is in a step at a time, so that its activations count
+        once a device.
+      devices: over how many the runs are split; each holds the data set (on a CPU too).
+      available: bytes in all, None for no limit.
+    """
+    state, activations = STATES * state_bytes(run), activation_bytes(run)
+    order = 4 * (len(run.training) + 3 * run.steps_per_epoch)
+    one = state + order + (activations if form == "vmap" else 0)
+    if available is None:
+        return 2**31 - 1, one
+    split = run.dataset.splits["train"]
+    data = devices * math.prod(split.images.shape)
+    rest = SHARE * available - data - (activations * devices if form == "map" else 0)
+    fitting = int(max(rest, 0) // one)
+    return max(fitting - fitting % devices, devices), one

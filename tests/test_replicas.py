@@ -1,0 +1,181 @@
+"""Steps over a replica axis: the two forms, their programs, and the memory they are sized by."""
+
+import functools
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_data import Small
+
+from cifar_jax import feed, from_recipe, group_size, parallel, replicas
+from cifar_jax.clock import Clock, compile_seconds
+from cifar_jax.errors import UserError
+from cifar_jax.recipes import RECIPES
+
+STEPS, BATCH = 4, 4
+RECIPE = RECIPES["tutorial"].replace(batch_size=BATCH)
+SEEDS = (0, 1, 2)
+
+
+def step_of(lowering="gemm"):
+    return from_recipe.step_of(RECIPE, Small(10, lowering), STEPS)
+
+
+@functools.cache
+def draw():
+    create = from_recipe.state_maker(RECIPE, Small(), STEPS, (32, 32, 3))
+    return parallel.compile_for_one_call(create)
+
+
+@functools.cache
+def data():
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (STEPS * BATCH, 32, 32, 3), np.uint8)
+    return {"image": images, "label": rng.integers(0, 10, STEPS * BATCH).astype(np.int32)}
+
+
+def start(seed):
+    """The state and the order of the single run of a seed."""
+    keys = feed.run_keys(seed)
+    positions = np.arange(STEPS * BATCH, dtype=np.int32)
+    return draw()(keys["state"]), feed.epoch_order(keys["order"], 1, positions, BATCH)
+
+
+@functools.cache
+def alone():
+    """(params, record) of each seed's single run."""
+    single, runs = parallel.compile_training(step_of()), []
+    for seed in SEEDS:
+        state, order = start(seed)
+        state, record = single(state, parallel.empty_record(STEPS), data(), order, 0, 0, STEPS)
+        runs.append(jax.device_get((state.params, record)))
+    return runs
+
+
+def own(mesh, spoil=None):
+    """What the replicas start from; the weights of replica `spoil` are not finite."""
+    states, orders = map(list, zip(*map(start, SEEDS), strict=True))
+    if spoil is not None:
+        bad = jax.tree.map(lambda x: x * np.float32(1e25), states[spoil].params)
+        states[spoil] = states[spoil].replace(params=bad)
+    records = [parallel.empty_record(STEPS)] * len(SEEDS)
+    tree = (replicas.stack(states), replicas.stack(records), np.ones(len(SEEDS), bool))
+    return replicas.split_evenly((*tree, np.stack(orders), {}), mesh)
+
+
+@functools.cache
+def program(form):
+    mesh = replicas.replica_mesh("2", len(SEEDS))
+    return mesh, replicas.compile_training(step_of(), form, mesh)
+
+
+@functools.cache
+def trained(form, spoil=None):
+    """(state, record, alive) on the host after two chunks."""
+    Clock()  # from here on compilation is counted
+    mesh, run = program(form)
+    begin = own(mesh, spoil)
+    shared = replicas.to_all(data(), mesh)
+    changing = run(begin, shared, 0, 0, 3)
+    compiled = compile_seconds()
+    changing = run((*changing, *begin[3:]), shared, 3, 3, STEPS - 3)
+    assert compile_seconds() == compiled, "any length runs the same program on a CPU"
+    state, record, alive = changing
+    assert jax.tree.leaves(state)[0].shape[0] == 4, "three replicas on two devices"
+    return jax.device_get((state.params, record, alive, state.step))
+
+
+@pytest.mark.parametrize("form", ["map", "vmap"])
+def test_a_replica_is_the_single_run(form):
+    params, record, alive, steps_done = trained(form)
+    assert alive.all()
+    assert steps_done.tolist() == [STEPS] * 4
+    got = jax.tree.leaves((params, record))
+    for i, want in enumerate(alone()):
+        for mine, single in zip(got, jax.tree.leaves(want), strict=True):
+            if form == "map":
+                np.testing.assert_array_equal(mine[i], single)
+            else:
+                np.testing.assert_allclose(mine[i], single, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("form", ["map", "vmap"])
+def test_a_replica_that_diverges_stops_where_it_is_and_disturbs_no_other(form):
+    params, record, alive, steps_done = trained(form, spoil=1)
+    clean_params, clean_record, _, _ = trained(form)
+    assert alive[:3].tolist() == [True, False, True]
+    assert steps_done[:3].tolist() == [STEPS, 1, STEPS], "one bad step, then none"
+    assert not np.isfinite(record["loss"][1, 0])
+    assert record["count"][1, 1:].tolist() == [0] * (STEPS - 1)
+    for got, want in zip(
+        jax.tree.leaves((params, record)),
+        jax.tree.leaves((clean_params, clean_record)),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(got[[0, 2]], want[[0, 2]])
+
+
+def lowered(form, asked):
+    mesh = replicas.replica_mesh("1", len(SEEDS))
+    step = step_of(replicas.choose_lowering(form, asked))
+    run = replicas.compile_training(step, form, mesh)
+    begin = own(mesh)
+    args = (begin[:3], *begin[3:], replicas.to_all(data(), mesh), np.int32(0), np.int32(0))
+    return run.jitted.lower(*args, length=np.int32(1)).as_text()
+
+
+def test_vmapped_convolutions_are_no_grouped_ones():
+    assert "feature_group_count = 3" in lowered("vmap", "lax"), "what vmap makes of a convolution"
+    text = lowered("vmap", "auto")
+    assert "stablehlo.convolution" not in text
+    assert "dot_general" in text
+
+
+def test_forms_and_devices_are_chosen_in_one_place(monkeypatch):
+    assert replicas.choose_form() == "map"
+    assert replicas.choose_form("vmap") == "vmap"
+    assert replicas.choose_lowering("map", "auto") == "auto"
+    assert replicas.choose_lowering("vmap", "winograd") == "winograd"
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert replicas.choose_form() == "vmap"
+    assert replicas.choose_form("map") == "map"
+    monkeypatch.undo()
+    assert replicas.replica_mesh("auto", 3).size == 3
+    assert replicas.replica_mesh("all", 100).size == 8
+    with pytest.raises(UserError, match="did you mean 'vmap'"):
+        replicas.choose_form("vmapp")
+
+
+def test_replicas_are_kept_and_picked_one_by_one():
+    old = {"w": jnp.zeros((3, 2)), "key": jax.random.split(jax.random.key(0), 3)}
+    new = {"w": jnp.ones((3, 2)), "key": jax.random.split(jax.random.key(1), 3)}
+    keys = [np.asarray(jax.random.key_data(tree["key"])) for tree in (old, new)]
+    found = replicas.keep(np.array([False, True, False]), new, old)
+    assert found["w"][:, 0].tolist() == [0, 1, 0]
+    wanted = np.stack([keys[0][0], keys[1][1], keys[0][2]])
+    np.testing.assert_array_equal(jax.random.key_data(found["key"]), wanted)
+    assert replicas.pick(found, np.int32(1))["w"].tolist() == [1, 1]
+    bad = {"a": jnp.array([[1.0], [jnp.inf], [0.0]]), "b": jnp.array([1.0, 1.0, jnp.nan])}
+    assert replicas.all_finite(bad).tolist() == [True, False, False]
+
+
+def test_groups_are_as_large_as_memory_allows(monkeypatch):
+    split = SimpleNamespace(images=np.zeros((1000, 32, 32, 3), np.uint8))
+    run = SimpleNamespace(
+        shapes={"w": jax.ShapeDtypeStruct((250_000,), np.float32)},
+        training=np.zeros(1000, np.int32),
+        steps_per_epoch=10,
+        dataset=SimpleNamespace(splits={"train": split}),
+    )
+    monkeypatch.setattr(group_size, "activation_bytes", lambda run: 10_000_000)
+    images, one = 1000 * 3072, 4 * 1_000_000 + 4 * 1030
+    # Under `map` a device holds one run's activations, under `vmap` every run its own.
+    free = (2 * images + 2 * 10_000_000 + 5.5 * one) / 0.7
+    assert group_size.group_size(run, "map", 2, int(free)) == (4, one)
+    free = (2 * images + 7.5 * (one + 10_000_000)) / 0.7
+    assert group_size.group_size(run, "vmap", 2, int(free)) == (6, one + 10_000_000)
+    assert group_size.group_size(run, "map", 2, 0) == (2, one), "a run a device at least"
+    assert group_size.group_size(run, "map", 2, None)[0] > 10**6
+    assert group_size.available_bytes() > 10**6
