@@ -1,0 +1,177 @@
+"""The axes of a sweep: from `log:1e-3:1:12` and `0,0.9` to the points of a grid or of chance."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import typing
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from cifar_jax import cli
+from cifar_jax.errors import UserError, nearest
+from cifar_jax.from_recipe import TRACED
+from cifar_jax.recipes import Recipe
+
+TYPES = typing.get_type_hints(Recipe)
+MAX_POINTS = 10_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Axis:
+    """A setting of the recipe and the values it takes.
+
+    Attributes:
+      name: a field of `Recipe`.
+      text: as it was given.
+      values: what a grid tries.
+      bounds: (kind, low, high) of a range, from which chance may draw between the values; None
+        for a list.
+    """
+
+    name: str
+    text: str
+    values: tuple
+    bounds: tuple[str, float, float] | None = None
+
+    @property
+    def is_traced(self) -> bool:
+        """Whether runs that differ along this axis share a program."""
+        return self.name in TRACED
+
+
+def parse(name: str, text: str, random: bool = False) -> Axis:
+    """Parses one axis.
+
+    Args:
+      name: a field of `Recipe`.
+      text: values with commas, or `log:low:high:count` or `lin:low:high:count` for numbers. A
+        field that is itself a list of names has one value.
+      random: points are drawn by chance, so that a range needs no count.
+
+    Raises:
+      UserError: no such setting, or `text` is no list or range of its values.
+    """
+    if name not in TYPES:
+        raise UserError(f"a recipe has no {name!r} to vary; {nearest(name, TYPES)}")
+    option, kind = f"--{name.replace('_', '-')}", TYPES[name]
+    if kind not in (int, float, str, bool):
+        return Axis(name, text, (cli.names(text),))
+    if text.split(":")[0] in ("log", "lin"):
+        return _range(name, text, option, kind, random)
+    values = tuple(_value(part.strip(), option, kind) for part in text.split(","))
+    if len(set(values)) < len(values):
+        raise UserError(f"{option} {text} names a value twice")
+    return Axis(name, text, values)
+
+
+def _value(text: str, option: str, kind: type):
+    if kind is bool and text in ("true", "false"):
+        return text == "true"
+    try:
+        if text and kind is not bool:
+            return kind(text)
+    except ValueError:
+        pass
+    what = {bool: "true or false", int: "a whole number", float: "a number", str: "a name"}[kind]
+    raise UserError(
+        f"{option}: {text!r} is not {what}; examples of an axis: 0,0.9 and log:1e-3:1:12"
+    )
+
+
+def _range(name: str, text: str, option: str, kind: type, random: bool) -> Axis:
+    how, *numbers = text.split(":")
+    if kind not in (int, float):
+        raise UserError(f"{option} is no number, so it has no range: name its values, as a,b")
+    count = 2
+    try:
+        low, high = float(numbers[0]), float(numbers[1])
+        if len(numbers) == 3 or not random:
+            count = int(numbers[2])
+        good = len(numbers) <= 3 and math.isfinite(low) and math.isfinite(high)
+    except (ValueError, IndexError):
+        good = False
+    if not good:
+        raise UserError(f"{option} {text}: a range is {how}:low:high:count, as log:1e-3:1:12")
+    if not low < high or count < 2 or (how == "log" and low <= 0):
+        raise UserError(
+            f"{option} {text}: a range needs low below high{', both above 0,' * (how == 'log')} "
+            "and a count of at least 2"
+        )
+    points = np.geomspace(low, high, count) if how == "log" else np.linspace(low, high, count)
+    # Twelve digits: 0.1 and not 0.10000000000000002.
+    values = [float(f"{value:.12g}") for value in points]
+    if kind is int:
+        values = sorted({round(value) for value in values})
+    return Axis(name, text, tuple(values), (how, low, high))
+
+
+def grid(axes: Sequence[Axis]) -> list[dict]:
+    """Returns every combination of the axes' values, the last axis fastest."""
+    count = math.prod(len(axis.values) for axis in axes)
+    _check_count(count)
+    combinations = itertools.product(*(axis.values for axis in axes))
+    return [dict(zip((a.name for a in axes), values, strict=True)) for values in combinations]
+
+
+def by_chance(axes: Sequence[Axis], count: int, seed: int) -> list[dict]:
+    """Returns `count` points, each axis drawn by itself: from a range uniformly (of the logarithm
+    for `log`), from a list one of its values."""
+    _check_count(count)
+    rng = np.random.default_rng(seed)
+    return [{axis.name: _draw(axis, rng) for axis in axes} for _ in range(count)]
+
+
+def _draw(axis: Axis, rng: np.random.Generator):
+    if axis.bounds is None:
+        return axis.values[rng.integers(len(axis.values))]
+    how, low, high = axis.bounds
+    if how == "log":
+        value = math.exp(rng.uniform(math.log(low), math.log(high)))
+    else:
+        value = rng.uniform(low, high)
+    return round(value) if TYPES[axis.name] is int else float(f"{value:.6g}")
+
+
+def _check_count(count: int) -> None:
+    if count > MAX_POINTS:
+        raise UserError(f"{count:,} points are more than {MAX_POINTS:,}; take fewer values")
+
+
+def programs_of(points: Sequence[Mapping], axes: Sequence[Axis]) -> list[tuple[dict, list[int]]]:
+    """Sorts points by what their programs differ in.
+
+    Returns:
+      For each combination of values of axes that are not traced, that combination and the places
+      of its points.
+    """
+    looped = [axis.name for axis in axes if not axis.is_traced]
+    found: dict[tuple, list[int]] = {}
+    for i, point in enumerate(points):
+        found.setdefault(tuple(point[name] for name in looped), []).append(i)
+    return [(dict(zip(looped, key, strict=True)), places) for key, places in found.items()]
+
+
+def base_of(recipe: Recipe, points: Sequence[Mapping]) -> tuple[Recipe, dict[str, np.ndarray]]:
+    """Returns the recipe whose program serves all points, and what it takes as arrays.
+
+    Args:
+      recipe: of all points, apart from the traced settings.
+      points: each a dict that may hold traced settings.
+
+    Returns:
+      The recipe, with every traced setting that some point switches on, and {name: float32
+      [points]}. A norm of 0 does not clip, and becomes an infinite one.
+    """
+    numbers, changes = {}, {}
+    for name in TRACED:
+        values = [point[name] for point in points if name in point]
+        if not values:
+            continue
+        changes[name] = next((value for value in values if value), values[0])
+        if name == "clip_norm":
+            values = [value or math.inf for value in values]
+        numbers[name] = np.array(values, np.float32)
+    return recipe.replace(**changes), numbers

@@ -1,0 +1,301 @@
+"""Settings of a recipe as axes: which accuracy each point gives, over several seeds.
+
+    python -m experiments.sweep --recipe dropout --learning-rate log:1e-3:1:12 --momentum 0,0.9 \\
+        --seeds 0:4
+
+trains every combination (`--random N`: N points by chance) and writes `results.csv`, one row a
+run, `summary.json` and pictures into the workdir. Learning rate, momentum, weight decay, clipping,
+label smoothing and averaging are arrays of one program in which all their points train together;
+other settings are taken one after another. The same command goes on where it stopped. A run whose
+loss is not finite is frozen, reported, and disturbs no other.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import dataclasses
+import io
+import shlex
+import signal
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from cifar_jax import cli
+from cifar_jax.errors import UserError, lookup, run_command
+from cifar_jax.models import MODELS
+from cifar_jax.recipes import MODEL_RECIPES, RECIPES, Recipe
+from experiments import axes as axes_of
+from experiments.axes import Axis
+
+FIGURES = ("test_accuracy", "test_loss", "validation_accuracy", "validation_loss", "best_epoch")
+
+
+def make_parser() -> cli.Parser:
+    parser = cli.Parser(
+        prog="python -m experiments.sweep",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--recipe", help=f"what the axes vary: {', '.join(RECIPES)}")
+    parser.add_argument("--seeds", type=cli.seeds, default="0:1", help="of every point; 0:4, 3,5")
+    parser.add_argument("--random", type=cli.positive, help="so many points by chance, not a grid")
+    parser.add_argument("--random-seed", type=cli.seed, default=0, help="of these points")
+    parser.add_argument("--workdir", help="resumes by itself (default: runs/sweep-<recipe>)")
+    parser.add_argument("--overwrite", action="store_true", help="start anew in a used workdir")
+    parser.add_argument("--save-minutes", type=float, default=5.0, help="between two saves")
+    parser.add_argument("--replica-form", default="auto", help="map, vmap, or auto by device")
+    parser.add_argument("--group-size", type=cli.positive, help="runs trained together")
+    group = parser.add_argument_group(
+        "axes", "values with commas (one value is no axis), or log:low:high:count, lin:..."
+    )
+    for field in dataclasses.fields(Recipe):
+        option = f"--{field.name.replace('_', '-')}"
+        group.add_argument(option, metavar="AXIS", default=argparse.SUPPRESS)
+    cli.add_data_options(parser)
+    cli.add_device_options(parser)
+    return parser
+
+
+def plan_of(options: argparse.Namespace) -> tuple[str, Recipe, list[Axis], list[dict]]:
+    """Returns the recipe's name, the recipe, the axes with several values, and the points.
+
+    Raises:
+      UserError: unknown names, nothing to vary, or a point that is no recipe.
+    """
+    given = [
+        axes_of.parse(field.name, getattr(options, field.name), bool(options.random))
+        for field in dataclasses.fields(Recipe)
+        if hasattr(options, field.name)
+    ]
+    varied = [axis for axis in given if len(axis.values) > 1]
+    fixed = {axis.name: axis.values[0] for axis in given if len(axis.values) == 1}
+    if not varied:
+        raise UserError("nothing to vary: give an axis, as --learning-rate log:1e-3:1:12")
+    model = fixed.get("model")
+    if model is not None:
+        lookup(MODELS, model, "model")
+    name = options.recipe or MODEL_RECIPES.get(model, cli.DEFAULT_RECIPE)
+    recipe = lookup(RECIPES, name, "recipe").replace(**fixed)
+    if options.random:
+        points = axes_of.by_chance(varied, options.random, options.random_seed)
+    else:
+        points = axes_of.grid(varied)
+    names = [axis.name for axis in varied]
+    for point in points:
+        tried = recipe.replace(**point)
+        lookup(MODELS, tried.model, "model")
+        if "momentum" in names and tried.optimizer != "sgd":
+            raise UserError(f"--momentum is an axis of sgd; {tried.optimizer} has none")
+    if "dataset" in names:
+        raise UserError("--dataset is no axis: make a sweep for each")
+    return name, recipe, varied, points
+
+
+def main(arguments: Sequence[str] | None = None, say=print) -> dict:
+    """Parses, trains what is missing, writes tables and pictures. Returns `summary.json`."""
+    options = make_parser().parse(arguments)
+    name, recipe, varied, points = plan_of(options)
+    if not options.save_minutes > 0:
+        raise UserError(f"--save-minutes must be above 0, got {options.save_minutes:g}")
+    cli.start_device(options)
+
+    from cifar_jax import training
+    from cifar_jax.train import stop_requests
+    from cifar_jax.workdir import Config, describe_data, open_workdir
+
+    dataset = cli.load_data(options, recipe.dataset)
+    config = Config(
+        name,
+        recipe,
+        options.seeds[0],
+        describe_data(dataset),
+        seeds=options.seeds,
+        axes={axis.name: axis.text for axis in varied}
+        | ({"random": [options.random, options.random_seed]} if options.random else {}),
+    )
+    workdir = Path(options.workdir or f"runs/sweep-{name}").absolute()
+    sweep = Sweep(config, dataset, varied, points, options)
+    with (
+        open_workdir(workdir, config, overwrite=options.overwrite),
+        stop_requests() as stop,
+    ):
+        try:
+            rows, seconds = sweep.train(workdir, stop, say)
+        except training.Interrupted as interrupted:
+            number, step = interrupted.args
+            words = list(sys.argv[1:] if arguments is None else arguments)
+            again = shlex.join([word for word in words if word != "--overwrite"])
+            say(f"Stopped by {signal.Signals(number).name} after step {step}; all is saved.")
+            say(f"Go on with: python -m experiments.sweep {again}")
+            raise SystemExit(128 + number) from None
+        return report(config, varied, points, rows, seconds, workdir, say)
+
+
+class Sweep:
+    """All programs of a sweep, one after another."""
+
+    def __init__(self, config, dataset, varied: Sequence[Axis], points: Sequence[dict], options):
+        from cifar_jax import replicas
+        from cifar_jax.run import Options
+
+        self.config, self.dataset, self.points, self.options = config, dataset, points, options
+        self.programs = axes_of.programs_of(points, varied)
+        form = replicas.choose_form(options.replica_form)
+        lowering = replicas.choose_lowering(form, options.conv)
+        self.run_options = Options(lowering=lowering, save_minutes=options.save_minutes)
+        self.count = len(points) * len(config.seeds)
+
+    def train(self, workdir: Path, stop, say) -> tuple[list[dict], dict]:
+        """Trains what is missing; returns a row for each run, and {phase: seconds}."""
+        from cifar_jax import from_recipe, many, report
+        from cifar_jax.clock import Clock
+        from cifar_jax.run import make_run
+
+        rows, seconds = [], {}
+        shown = f"{len(self.points)} points, {len(self.config.seeds)} seeds each"
+        say(f"Sweep      {self.count} runs: {shown}, in {len(self.programs)} programs; {workdir}")
+        for number, (static, places) in enumerate(self.programs):
+            runs = [(self.points[i], seed) for i in places for seed in self.config.seeds]
+            fixed = self.config.recipe.replace(**static)
+            base, numbers = axes_of.base_of(fixed, [point for point, _ in runs])
+            config = dataclasses.replace(self.config, recipe=base, axes=None)
+            run = make_run(config, self.dataset, self.run_options, Clock())
+            members = [run.with_config(self._config_of(point, seed)) for point, seed in runs]
+            plan = many.make_plan(
+                run,
+                len(runs),
+                self.options.replica_form,
+                self.options.devices,
+                self.options.group_size,
+                from_recipe.swept_step_of(base, run.model, run.steps_per_epoch),
+            )
+            if static:
+                say(f"Program {number + 1} of {len(self.programs)}: {_shown(static)}")
+            say(
+                f"{len(runs)} runs together, {plan.size} at a time, form {plan.programs.form}, "
+                f"on {plan.programs.mesh.size} devices"
+            )
+            with report.Progress(base.epochs * len(run.training) * len(runs)) as bar:
+                done = many.train_groups(
+                    members,
+                    plan,
+                    workdir / "groups" / f"program-{number}",
+                    rows_of,
+                    lambda *_: True,
+                    stop,
+                    bar.print if say is print else say,
+                    bar,
+                    numbers,
+                    [f"{_shown(point)}, seed {seed}" for point, seed in runs],
+                )
+            results = [row for part in done for row in part["result"]]
+            rows += [
+                {"point": place, **self.points[place], "seed": seed, **row}
+                for (place, seed), row in zip(
+                    ((i, seed) for i in places for seed in self.config.seeds), results, strict=True
+                )
+            ]
+            for phase, value in many.all_seconds(run, done).items():
+                seconds[phase] = seconds.get(phase, 0.0) + value
+        return sorted(rows, key=lambda row: row["point"]), seconds
+
+    def _config_of(self, point: Mapping, seed: int):
+        recipe = self.config.recipe.replace(**point, log_every=0)
+        return dataclasses.replace(self.config, recipe=recipe, seed=seed, seeds=(), axes=None)
+
+
+def _shown(point: Mapping) -> str:
+    return ", ".join(
+        f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
+        for name, value in point.items()
+    )
+
+
+def rows_of(training, at) -> list[dict]:
+    """Tests a trained group; returns what is found of each run, None where it diverged."""
+    from cifar_jax import report
+    from cifar_jax.members import test_group
+
+    sums, _, lost = test_group(training, at)
+    rows = []
+    for i, best in enumerate(at.best_rows):
+        tested = report.rates({name: sums[name][i] for name in ("loss", "correct", "count")})
+        last = [row for row in training.rows(i) if row["kind"] == "epoch"][-1:]
+        shown = best if training.recipe.select_best else (last[0] if last else None)
+        shown = shown or {}
+        found = {
+            "test_accuracy": tested["accuracy"],
+            "test_loss": tested["loss"],
+            "validation_accuracy": shown.get("validation_accuracy"),
+            "validation_loss": shown.get("validation_loss"),
+            "best_epoch": best["epoch"] if best else None,
+        }
+        row = dict.fromkeys(FIGURES) if i in lost else found
+        rows.append({**row, "diverged_at_step": lost.get(i)})
+    return rows
+
+
+def by_point(points: Sequence[Mapping], rows: Sequence[Mapping]) -> list[dict]:
+    """Returns, of every point, its values, how many of its runs diverged, and the spread of what
+    the others found (None where all diverged)."""
+    from cifar_jax.spread import spread
+
+    found = []
+    for place, point in enumerate(points):
+        mine = [row for row in rows if row["point"] == place]
+        good = [row for row in mine if row["diverged_at_step"] is None]
+        summary = {"values": dict(point), "runs": len(mine), "diverged": len(mine) - len(good)}
+        for name in FIGURES[:4]:
+            values = [row[name] for row in good if row[name] is not None]
+            summary[name] = spread(values) if values else None
+        found.append(summary)
+    return found
+
+
+def report(config, varied, points, rows, seconds, workdir: Path, say) -> dict:
+    """Writes `results.csv`, `summary.json` and the pictures; prints the best points."""
+    from cifar_jax import records
+    from cifar_jax.workdir import write_json
+    from experiments import figures
+
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    (workdir / "results.csv").write_text(text.getvalue(), encoding="utf-8")
+    found = by_point(points, rows)
+    # As the weights are: by validation images, where there are any.
+    validated = any(point["validation_accuracy"] for point in found)
+    chosen_by = "validation_accuracy" if validated else "test_accuracy"
+    ranked = sorted(
+        (point for point in found if point[chosen_by]), key=lambda p: -p[chosen_by]["mean"]
+    )
+    diverged = sum(point["diverged"] for point in found)
+    say("")
+    say(f"{len(rows)} runs, {diverged} diverged; the best points by {chosen_by.replace('_', ' ')}:")
+    for point in ranked[:5]:
+        accuracy = point["test_accuracy"]
+        spread = f" ± {100 * accuracy['std']:.2f}" if accuracy["n"] > 1 else ""
+        say(f"  {_shown(point['values'])}: test accuracy {100 * accuracy['mean']:.2f}{spread} %")
+    names = [axis.name for axis in varied]
+    heading = f"{config.recipe_name}, {len(rows)} runs"
+    pictures = figures.sweep(names, found, workdir / "plots", heading=heading)
+    summary = records.to_json(
+        {
+            **config.to_dict(),
+            "points": found,
+            "ranked_by": chosen_by,
+            "best": ranked[0] if ranked else None,
+            "seconds": seconds,
+            **records.environment(),
+        }
+    )
+    write_json(workdir / "summary.json", summary)
+    say(f"Written to {workdir}: results.csv, summary.json, {', '.join(p.name for p in pictures)}")
+    return summary
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
