@@ -26,6 +26,31 @@ def compared_steps(recipe) -> int:
     return COMPARED_STEPS_LARGE if recipe.model.startswith("vgg") else COMPARED_STEPS
 
 
+def plain_step(run):
+    """Returns the training step of a `cifar_jax.run.Run` without dropout and augmentation."""
+    from cifar_jax import optimizers, steps
+
+    recipe, model = run.config.recipe, run.model
+    return functools.partial(
+        steps.train_step,
+        model=model.clone(dropout_rate=0.0) if hasattr(model, "dropout_rate") else model,
+        optimizer=optimizers.make_optimizer(recipe, run.steps_per_epoch),
+        preprocess=steps.make_preprocess(recipe.normalize, (), recipe.precision),
+    )
+
+
+def read_weights(path: Path) -> dict:
+    """Returns the PyTorch state dict of the weights that `Ours.prepare` wrote."""
+    from benchmarks.torch_models import state_from_flax
+
+    params: dict = {}
+    with np.load(path) as saved:
+        for name, value in saved.items():
+            layer, kind = name.split("/")
+            params.setdefault(layer, {})[kind] = value
+    return state_from_flax(params)
+
+
 class Side:
     """Base: windows of a fixed number of dispatches, set by `warm_up`."""
 
@@ -138,17 +163,11 @@ class Ours(Side):
         import jax
         import jax.numpy as jnp
 
-        from cifar_jax import optimizers, parallel, steps
+        from cifar_jax import parallel
 
         train_many = self.run.train_many
         if hasattr(self.run.model, "dropout_rate"):
-            step = functools.partial(
-                steps.train_step,
-                model=self.run.model.clone(dropout_rate=0.0),
-                optimizer=optimizers.make_optimizer(recipe, self.run.steps_per_epoch),
-                preprocess=steps.make_preprocess(recipe.normalize, (), recipe.precision),
-            )
-            train_many = parallel.compile_training(step, mesh=self.run.mesh)
+            train_many = parallel.compile_training(plain_step(self.run), mesh=self.run.mesh)
         count = min(compared_steps(recipe), self.rows)
         copy, record = jax.tree.map(jnp.copy, self.state), parallel.empty_record(self.rows)
         _, record = train_many(copy, record, self.data, self.order, 0, 0, count)
@@ -197,18 +216,12 @@ class PyTorch(Side):
 
     def prepare(self, case: Case, dataset, precision: str, weights: Path, seconds: float) -> dict:
         """Builds the case from our initial `weights` (.npz). Raises `NotRun`."""
-        from benchmarks.torch_models import state_from_flax
         from benchmarks.torch_reference import PEERS
 
-        params: dict = {}
-        with np.load(weights) as saved:
-            for name, value in saved.items():
-                layer, kind = name.split("/")
-                params.setdefault(layer, {})[kind] = value
         make = functools.partial(
             PEERS[self.peer],
             case.settings(precision),
-            initial_state=state_from_flax(params),
+            initial_state=read_weights(weights),
             device=self.device,
         )
         start = time.perf_counter()

@@ -71,23 +71,7 @@ def measure(
         "weights": str(folder / "weights.npz"),
         "seconds": seconds,
     }
-    sides, not_run = {}, {}
-    running: list[Worker] = []
-    for worker in [*ours, *peers]:
-        print(f"{case}: preparing {worker.side}", file=sys.stderr, flush=True)
-        found = worker.ask(**request)
-        if "not_run" in found:
-            if worker is ours[0]:
-                raise UserError(f"{case}: our side did not run: {found['not_run']}")
-            not_run[worker.side] = found["not_run"]
-            worker.ask(do="drop")
-            continue
-        sides[worker.side] = found
-        running.append(worker)
-    reference = sides[ours[0].side]["losses"]
-    for side in sides.values():
-        side["loss_difference"] = largest_difference(reference, side.pop("losses"))
-        side["same_work"] = side["loss_difference"] <= TOLERANCE[precision]
+    sides, not_run, running = prepare([*ours, *peers], request, precision, label=f"{case}: ")
     rates = screen(running, ours, sides)
     kept = [worker for worker in running if not sides[worker.side]["screened"]]
     if rounds:
@@ -106,6 +90,38 @@ def measure(
     return {"case": str(case), "sides": sides, "not_run": not_run} | ratios(
         sides, ours[0].side, [worker.side for worker in kept if worker in peers]
     )
+
+
+def prepare(
+    workers: list[Worker], request: dict, precision: str, label: str = ""
+) -> tuple[dict, dict, list[Worker]]:
+    """Has workers prepare the same case; the first is the reference, and must run.
+
+    Returns:
+      {name: what the side answered, with "loss_difference" to the first side's first losses and
+      "same_work" in place of "losses"}, {name of one that did not run: reason}, and the workers
+      that run.
+
+    Raises:
+      UserError: the first side did not run.
+    """
+    sides, not_run, running = {}, {}, []
+    for worker in workers:
+        print(f"{label}preparing {worker.side}", file=sys.stderr, flush=True)
+        found = worker.ask(**request)
+        if "not_run" in found:
+            if worker is workers[0]:
+                raise UserError(f"{label}our side did not run: {found['not_run']}")
+            not_run[worker.side] = found["not_run"]
+            worker.ask(do="drop")
+            continue
+        sides[worker.side] = found
+        running.append(worker)
+    reference = sides[workers[0].side]["losses"]
+    for side in sides.values():
+        side["loss_difference"] = largest_difference(reference, side.pop("losses"))
+        side["same_work"] = side["loss_difference"] <= TOLERANCE[precision]
+    return sides, not_run, running
 
 
 def rate(worker: Worker) -> float:

@@ -28,7 +28,8 @@ class Worker:
 
     Args:
       side: `ours`, `ours-step`, `ours-one` (one device), `ours-unfolded`, `ours-LOWERING`,
-        several such words (`ours-step-lax`), or a PyTorch peer's name; any of them with `@N`
+        several such words (`ours-step-lax`), or a PyTorch peer's name; `map-16`, `vmap-16` or
+        `torch-vmap-16` for so many replicas (`replica_sides.py`); any of them with `@N`
         for a number of processors of its own, such as `eager@1`.
       options: of `add_options`, by name, for the worker's command line.
     """
@@ -86,10 +87,22 @@ class Worker:
         self.process.stdout.close()
 
 
+def is_ours(side: str) -> bool:
+    """Whether a side is JAX, and not PyTorch."""
+    return side.split("-")[0] in ("ours", "map", "vmap")
+
+
 def make_side(name: str, device: str):
     """Returns the side called `name` (see `Worker`)."""
     from benchmarks.sides import Ours, PyTorch
 
+    form, _, replicas = name.rpartition("-")
+    if replicas.isdecimal():
+        from benchmarks.replica_sides import OurReplicas, TorchReplicas
+
+        if form == "torch-vmap":
+            return TorchReplicas(int(replicas), "cuda" if device == "gpu" else "cpu")
+        return OurReplicas(form, int(replicas))
     if name.split("-")[0] != "ours":
         return PyTorch(name, "cuda" if device == "gpu" else "cpu")
     words = name.split("-")[1:]
@@ -113,7 +126,7 @@ def describe(side: str) -> dict:
         "processors": len(os.sched_getaffinity(0)),
     }
     versions = {"python": platform.python_version()}
-    if side.startswith("ours"):
+    if is_ours(side):
         import flax
         import jax
         import jaxlib
@@ -151,7 +164,7 @@ def main() -> None:
         # Before any library counts the processors to size its pool.
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])
         os.environ["OMP_NUM_THREADS"] = str(args.threads)
-    if args.side.startswith("ours"):
+    if is_ours(args.side):
         from cifar_jax import parallel
 
         parallel.select_platform(args.device)

@@ -1,0 +1,211 @@
+"""Many runs at once, ours and PyTorch's: sides of `benchmarks.worker` for `benchmarks.replicas`.
+
+Replica 0 starts from the weights of the single run (`sides.Ours`), sees its batches, and gives the
+losses that all sides are compared by. The other replicas have weights and orders of their own.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.cases import Case, full_batches
+from benchmarks.sides import Side, compared_steps, plain_step, read_weights
+
+
+def replica_orders(images: int, batch_size: int, replicas: int) -> np.ndarray:
+    """Returns int32 [replicas, steps, batch]: the single run's batches, then others."""
+    order = full_batches(images, batch_size)
+    rng = np.random.default_rng(11)
+    others = [rng.permutation(order.reshape(-1)).reshape(order.shape) for _ in range(replicas - 1)]
+    return np.stack([order, *others])
+
+
+class ReplicaSide(Side):
+    """Base: chunks of steps of all replicas, in a row until the orders end."""
+
+    replicas: int
+    orders: np.ndarray
+    chunk = 1
+    row = 0
+
+    def steps(self, row: int, count: int) -> None:
+        """Starts so many steps of every replica."""
+        raise NotImplementedError
+
+    def dispatch(self) -> int:
+        if self.row + self.chunk > self.orders.shape[1]:
+            self.row = 0
+        self.steps(self.row, self.chunk)
+        self.row += self.chunk
+        return self.replicas * self.chunk * self.orders.shape[2]
+
+    def size_chunk(self, seconds: float, most: int) -> None:
+        """Sets the chunk to about `seconds`, by the second of two short ones."""
+        self.chunk = min(2, self.orders.shape[1])
+        for _ in range(2):
+            start = time.perf_counter()
+            self.dispatch()
+            self.sync()
+            taken = time.perf_counter() - start
+        self.chunk = int(max(1, min(most, self.orders.shape[1], seconds * self.chunk / taken)))
+
+
+class OurReplicas(ReplicaSide):
+    """The programs of `cifar_jax.train --seeds` on all local devices.
+
+    Args:
+      form: `map` or `vmap` (`cifar_jax.replicas`).
+      replicas: how many.
+    """
+
+    def __init__(self, form: str, replicas: int):
+        self.form, self.replicas = form, replicas
+
+    def prepare(self, case: Case, dataset, precision: str, weights: Path, seconds: float) -> dict:
+        """Builds the case; its weights are drawn from the seed that `sides.Ours` draws from."""
+        import jax
+
+        from cifar_jax import group, parallel, replicas
+        from cifar_jax.clock import Clock, compile_seconds
+        from cifar_jax.run import Options, make_run
+        from cifar_jax.workdir import Config, describe_data
+
+        recipe, described = case.settings(precision), describe_data(dataset)
+        options = Options(lowering=replicas.choose_lowering(self.form, "auto"))
+        configs = [Config(case.recipe, recipe, seed, described) for seed in range(self.replicas)]
+        run = make_run(configs[0], dataset, options, Clock())
+        compiled = compile_seconds()
+        mesh = replicas.replica_mesh("all", self.replicas)
+        start, split = time.perf_counter(), dataset.splits["train"]
+        data = {"image": np.asarray(split.images), "label": np.asarray(split.labels, np.int32)}
+        self.data = jax.block_until_ready(replicas.to_all(data, mesh))
+        data_seconds = time.perf_counter() - start
+        self.orders = replica_orders(len(split), case.batch_size, self.replicas)
+        self.order = replicas.split_evenly(self.orders, mesh)
+        states = [run.with_config(config).create() for config in configs]
+        records = [parallel.empty_record(self.orders.shape[1])] * self.replicas
+
+        def fresh():
+            alive = np.ones(self.replicas, bool)
+            tree = (replicas.stack(states), replicas.stack(records), alive)
+            return replicas.split_evenly(tree, mesh)
+
+        most = 10**9 if jax.default_backend() == "cpu" else 256  # where a length is a program
+        count = min(compared_steps(recipe), self.orders.shape[1])
+        self.changing = fresh()
+        self.train = replicas.compile_training(plain_step(run), self.form, mesh)
+        self.steps(0, count)
+        record = {name: np.asarray(values[0][:count]) for name, values in self.changing[1].items()}
+        self.changing = fresh()
+        self.train = group.make_programs(run, self.form, mesh).train
+        self.size_chunk(0.3, most)
+        self.warm_up(seconds)
+        return {
+            "losses": (record["loss"] / record["count"]).tolist(),
+            "compile_seconds": compile_seconds() - compiled,
+            "data_seconds": data_seconds,
+        }
+
+    def steps(self, row: int, count: int) -> None:
+        own = (*self.changing, self.order, {})
+        self.changing = self.train(own, self.data, row, row, count)
+
+    def sync(self) -> None:
+        import jax
+
+        jax.block_until_ready(self.changing)
+
+
+class TorchReplicas(ReplicaSide):
+    """PyTorch's own way: `torch.func` over stacked weights, the optimiser over the stack.
+
+    vmap makes the convolutions of many replicas grouped ones. SGD and Adam work number by number,
+    so that one optimiser over stacked weights is every replica's own.
+    """
+
+    def __init__(self, replicas: int, device: str):
+        self.replicas, self.device = replicas, device
+
+    def prepare(self, case: Case, dataset, precision: str, weights: Path, seconds: float) -> dict:
+        """Builds the case from our initial `weights` (.npz)."""
+        import torch
+        from torch import nn
+
+        from benchmarks.torch_trainers import EagerTrainer, NotRun
+
+        if precision != "float32":
+            raise NotRun("torch.func is measured in float32")
+        recipe, split = case.settings(precision), dataset.splits["train"]
+        start = time.perf_counter()
+        one = EagerTrainer(
+            recipe,
+            split.images,
+            split.labels,
+            initial_state=read_weights(weights),
+            device=self.device,
+        )
+        self.pixels, self.labels = one.training_data
+        data_seconds = time.perf_counter() - start
+        torch.manual_seed(1)
+        others = [type(one.model)().to(self.device) for _ in range(self.replicas - 1)]
+        self.models = [one.model, *others]
+        self.orders = replica_orders(len(split), case.batch_size, self.replicas)
+        count = min(compared_steps(recipe), self.orders.shape[1])
+        rates = [m.p for m in one.model.modules() if isinstance(m, nn.Dropout)]
+        self._set_dropout([0.0] * len(rates))
+        self._start(recipe)
+        losses = [float(self._step(row)[0]) for row in range(count)]
+        self._set_dropout(rates)
+        self._start(recipe)
+        self.size_chunk(0.1, 512)
+        self.warm_up(seconds)
+        return {"losses": losses, "compile_seconds": 0.0, "data_seconds": data_seconds}
+
+    def _set_dropout(self, rates: list[float]) -> None:
+        from torch import nn
+
+        layers = [m for m in self.models[0].modules() if isinstance(m, nn.Dropout)]
+        for layer, rate in zip(layers, rates, strict=True):
+            layer.p = rate
+
+    def _start(self, recipe) -> None:
+        """Stacks the models' weights, and makes the program and the optimiser of the stack."""
+        import torch
+        from torch.func import functional_call, grad_and_value, stack_module_state, vmap
+        from torch.nn import functional as F
+
+        from benchmarks.torch_trainers import make_optimizer
+
+        stacked, _ = stack_module_state(self.models)
+        self.weights = {name: value.detach().clone() for name, value in stacked.items()}
+        model = self.models[0]
+
+        def loss(weights, images, labels):
+            return F.cross_entropy(functional_call(model, weights, (images,)), labels)
+
+        self.gradients = vmap(grad_and_value(loss), randomness="different")
+        self.optimizer = make_optimizer(recipe, list(self.weights.values()), fused=True)
+        # One copy to the device for good.
+        self.order = torch.tensor(self.orders, dtype=torch.int64, device=self.device)
+
+    def _step(self, row: int):
+        """One step of every replica; returns their losses [replicas]."""
+        picked = self.order[:, row]
+        gradients, losses = self.gradients(self.weights, self.pixels[picked], self.labels[picked])
+        for name, weight in self.weights.items():
+            weight.grad = gradients[name]
+        self.optimizer.step()
+        return losses
+
+    def steps(self, row: int, count: int) -> None:
+        for i in range(count):
+            self._step(row + i)
+
+    def sync(self) -> None:
+        import torch
+
+        if self.device == "cuda":
+            torch.cuda.synchronize()
