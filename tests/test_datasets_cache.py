@@ -20,7 +20,7 @@ from datasets_support import prepared as prepared
 from datasets_support import tiny as tiny
 
 from cifar_jax import datasets
-from cifar_jax.datasets import cache, decode
+from cifar_jax.datasets import cache, decode, shapes10
 from cifar_jax.datasets.prepare import prepare
 from cifar_jax.errors import UserError
 
@@ -157,4 +157,4 @@ print(datasets.load_dataset("shapes10", data_dir={str(tmp_path)!r}).fingerprint)
     assert [process.returncode for process in pair] == [0, 0], results
     assert results[0][0] == results[1][0] != ""
     assert len(entries(tmp_path / "shapes10")) == 1
-    assert len(entries(tmp_path / "shapes10" / "1.0.0" / "cifar_jax_cache")) == 2
+    assert len(entries(tmp_path / "shapes10" / shapes10.VERSION / "cifar_jax_cache")) == 2

@@ -3,6 +3,9 @@
 Each shape is a signed distance function over the pixel grid: a pixel's coverage is read off its
 distance to the outline, which gives smooth edges. Everything random comes from a fixed seed, one
 generator for every 100 images, so splits can be drawn in parallel and never change.
+
+Test accuracy of the small networks' own recipes on version 2.0.0, seed 42: tutorial 71.48 %, deep
+76.01 %. A tenth of the images shows a shape that is hard to see, so none comes near 95 %.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-VERSION = "1.0.0"
+VERSION = "2.0.0"
 COUNTS = {"train": 50_000, "test": 10_000}
 SEED = 20_261_122
 _CHUNK = 100
@@ -31,6 +34,10 @@ class Hardness:
       stretch: the two axes differ by a factor of up to exp of this.
       contrast: smallest and largest distance between the colours of shape and background, as a
         share of the way to an unrelated colour.
+      faint: share of the images whose shape nearly has the background's colour: they bound the
+        accuracy that can be reached, without making the others harder to learn from.
+      hue: how far, of 1, a shape's colour is pulled towards its class's own. Colour alone must not
+        tell the classes apart, but with none of it a deep network never leaves its plateau.
       texture: strength of the background's stripes and clouds, of 1.
       noise: largest standard deviation of the pixel noise, of 1.
       distractors: blots and bars drawn behind the shape.
@@ -41,6 +48,8 @@ class Hardness:
     turn: float = 0.35
     stretch: float = 0.2
     contrast: tuple[float, float] = (0.75, 1.0)
+    faint: float = 0.1
+    hue: float = 0.4
     texture: float = 0.08
     noise: float = 0.05
     distractors: int = 1
@@ -123,6 +132,10 @@ SHAPES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
 }
 CLASS_NAMES = tuple(SHAPES)
 
+# Each class's own colour: once around the wheel.
+_ANGLES = 2 * np.pi * (np.arange(len(SHAPES))[:, None] / len(SHAPES) + np.arange(3) / 3)
+_COLOURS = (0.5 + 0.5 * np.cos(_ANGLES)).astype(np.float32)
+
 
 def draw_split(split: str, count: int | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Returns the first `count` images and labels of `train` or `test` (all by default).
@@ -157,7 +170,10 @@ def draw(rng: np.random.Generator, count: int, hard: Hardness) -> tuple[np.ndarr
 
     back = _uniform(rng, count, 3)
     share = _uniform(rng, count, 1, low=hard.contrast[0], high=hard.contrast[1])
+    faint = _uniform(rng, count, 1) < hard.faint
+    share = np.where(faint, share * _uniform(rng, count, 1, high=0.1), share)
     other = _far_from(back, rng)
+    other = other + np.float32(hard.hue) * (_COLOURS[labels] - other)
     fore = back + share * (other - back)
 
     image = _background(rng, back, x, y, hard)
