@@ -5,7 +5,7 @@ distance to the outline, which gives smooth edges. Everything random comes from 
 generator for every 100 images, so splits can be drawn in parallel and never change.
 
 Test accuracy of the small networks' own recipes on version 2.0.0, seed 42: tutorial 71.48 %, deep
-76.01 %. A tenth of the images shows a shape that is hard to see, so none comes near 95 %.
+76.01 %, dropout 89.38 %. A tenth of the shapes is hard to see, so that none comes near 95 %.
 """
 
 from __future__ import annotations
