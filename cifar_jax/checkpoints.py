@@ -60,15 +60,27 @@ class Restored:
     skipped: list[str]
 
 
-def _load(folder: Path, manifest: dict[str, Any], wanted: dict, treedef: Any) -> Any:
+def _checkpointer():
+    """An Orbax checkpointer that waits for no other process: one of them keeps the checkpoints."""
     import orbax.checkpoint as ocp
 
+    if jax.process_count() == 1:
+        return ocp.StandardCheckpointer()
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=jax.process_index(),
+        active_processes={jax.process_index()},
+        barrier_sync_key_prefix=f"process{jax.process_index()}",
+    )
+    return ocp.StandardCheckpointer(multiprocessing_options=alone)
+
+
+def _load(folder: Path, manifest: dict[str, Any], wanted: dict, treedef: Any) -> Any:
     manifests.verify(folder, manifest)
     target = leaves.nest(
         {path: leaves.target(leaf) for path, leaf in wanted.items() if not leaves.is_empty(leaf)}
     )
     try:
-        with ocp.StandardCheckpointer() as checkpointer:
+        with _checkpointer() as checkpointer:
             tree = checkpointer.restore(folder / "state", target)
     except Exception as error:  # Orbax and TensorStore raise many types, none of them documented
         raise manifests.Damaged(f"Orbax cannot read it ({_reason(error)})") from error
@@ -213,7 +225,7 @@ class Checkpoints:
         )
         jax.block_until_ready(tree)  # a failed computation is no failed save
         folder = self._new_folder(int(step))
-        import orbax.checkpoint as ocp  # before the logger: absl makes one of its own class
+        import orbax.checkpoint  # noqa: F401 - before the logger: absl makes one of its own class
 
         for name in ("absl", "asyncio"):
             logging.getLogger(name).addFilter(_not_of_orbax)  # adding it again does nothing
@@ -223,7 +235,7 @@ class Checkpoints:
             if shutil.disk_usage(self.directory).free < needed:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             if self._checkpointer is None:
-                self._checkpointer = ocp.StandardCheckpointer()
+                self._checkpointer = _checkpointer()
             self._checkpointer.save(folder / "state", tree)
         except Exception as error:
             self._fail(folder, step, error)
@@ -241,8 +253,6 @@ class Checkpoints:
     def _commit(self, folder: Path, body: dict[str, Any]) -> None:
         """The background half: waits for the arrays, digests them, commits, prunes."""
         self._checkpointer.wait_until_finished()
-        if jax.process_index() != 0:
-            return
         manifests.write(folder, body)
         manifests.prune(self.directory, self.keep_latest, self._damaged)
 

@@ -216,6 +216,14 @@ def check_replica_options(options: argparse.Namespace) -> None:
         raise UserError("--tensorboard writes one run's events; leave it away with --seeds")
 
 
+def add_host_options(parser: Parser) -> None:
+    """Adds how several processes find each other where nothing in their environment says it."""
+    group = parser.add_argument_group("several processes", "automatic under SLURM, Open MPI, TPUs")
+    group.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
+    group.add_argument("--num-processes", type=int, help="of this run; 1 is always alone")
+    group.add_argument("--process-id", type=int, help="this one, from 0")
+
+
 def start_device(options: argparse.Namespace) -> None:
     """Takes the device and the lowering that the options name. Raises `UserError`."""
     from cifar_jax import parallel

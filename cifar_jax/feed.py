@@ -74,6 +74,13 @@ def take_batch(data: dict[str, jax.Array], row: jax.Array) -> dict[str, jax.Arra
     return {"image": data["image"][safe], "label": data["label"][safe], "mask": mask}
 
 
+def columns(order: np.ndarray, process: int, processes: int, devices: int) -> np.ndarray:
+    """Returns the part of an order that is for one of several processes with equally many of the
+    `devices`: rows are padded so that they divide, and cut in the order of the processes."""
+    padded = np.pad(order, ((0, 0), (0, -order.shape[1] % devices)), constant_values=-1)
+    return np.split(padded, processes, axis=1)[process]
+
+
 def stream(
     source,
     order: np.ndarray,

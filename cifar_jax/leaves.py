@@ -52,7 +52,7 @@ def spec(leaf: Any) -> str:
 def storable(leaf: Any) -> Any:
     """What Orbax is given: an array of plain numbers."""
     if is_key(leaf):
-        return jax.random.key_data(leaf)
+        return np.asarray(jax.random.key_data(leaf))
     # Host values may change under the background thread, so they are copied now.
     return leaf if isinstance(leaf, jax.Array) else np.array(leaf)
 

@@ -85,10 +85,10 @@ def choose_devices(asked: str, batch_size: int, weights: int) -> int:
     """Returns how many local devices share a batch.
 
     Args:
-      asked: `auto`, `all` or a number. `auto` is as many devices as there are with at least
-        `ACCELERATOR_DEVICE_IMAGES` images of the batch each; on a CPU `CPU_DEVICE_IMAGES`, which
-        run one batch faster than one device does, unless the model has more than
-        `CPU_DEVICE_WEIGHTS`.
+      asked: `auto`, `all` or a number; of several processes, that in each. `auto` is as many
+        devices as there are with at least `ACCELERATOR_DEVICE_IMAGES` images of the batch each; on
+        a CPU `CPU_DEVICE_IMAGES`, which run one batch faster than one device does, unless the
+        model has more than `CPU_DEVICE_WEIGHTS`.
       batch_size: images in a batch.
       weights: numbers in the model's parameters.
 
@@ -97,11 +97,12 @@ def choose_devices(asked: str, batch_size: int, weights: int) -> int:
     """
     here = jax.local_device_count()
     if asked == "auto":
+        images = batch_size // jax.process_count()
         if jax.default_backend() != "cpu":
-            return max(1, min(here, batch_size // ACCELERATOR_DEVICE_IMAGES))
+            return max(1, min(here, images // ACCELERATOR_DEVICE_IMAGES))
         if weights > CPU_DEVICE_WEIGHTS:
             return 1
-        return max(1, min(here, batch_size // CPU_DEVICE_IMAGES))
+        return max(1, min(here, images // CPU_DEVICE_IMAGES))
     if asked == "all":
         return here
     if not asked.isdecimal() or int(asked) < 1:
@@ -112,13 +113,16 @@ def choose_devices(asked: str, batch_size: int, weights: int) -> int:
 
 
 def data_mesh(devices: int) -> Mesh | None:
-    """Returns a mesh that splits batches over so many local devices, None for one device."""
-    return None if devices == 1 else mesh_over(jax.local_devices()[:devices])
+    """Returns a mesh that splits batches over so many devices of each process, process after
+    process; None for one device in all."""
+    processes = range(jax.process_count())
+    chosen = [d for process in processes for d in jax.local_devices(process)[:devices]]
+    return None if len(chosen) == 1 else mesh_over(chosen)
 
 
 def mesh_over(devices: Sequence[jax.Device]) -> Mesh:
-    """Returns a mesh of these devices with the one axis `AXIS`."""
-    return jax.make_mesh((len(devices),), (AXIS,), axis_types=(AxisType.Auto,), devices=devices)
+    """Returns a mesh of these devices, in this order, with the one axis `AXIS`."""
+    return Mesh(np.array(devices), (AXIS,), axis_types=(AxisType.Auto,))
 
 
 def everywhere(mesh: Mesh | None) -> NamedSharding | None:
@@ -248,9 +252,11 @@ def compiler_options(remat: bool = False) -> dict[str, Any]:
     return options
 
 
-def _take(split: bool) -> dict[str, Callable]:
-    """How a device gets its part of a batch from data that is whole on it, or split."""
-    return {"take": functools.partial(resident.take_split, axis=AXIS)} if split else {}
+_HELD = {"whole": P(), "split": P(AXIS), "own": P(AXIS)}  # see `resident.held`
+
+
+def _take(held: str) -> dict[str, Callable]:
+    return {"take": functools.partial(resident.take_split, axis=AXIS)} if held == "split" else {}
 
 
 def compile_training(
@@ -268,26 +274,24 @@ def compile_training(
       step: takes `axis_name` if there is a mesh.
       mesh: from `data_mesh`; each device then computes its part of every batch, and a batch that
         does not divide is padded and masked. Results differ in the order of sums only. `data` may
-        be whole on each device or from `resident.put_split`.
+        then also be from `resident.put_split` or `put_own`.
     """
     if static_length is None:
         static_length = jax.default_backend() != "cpu"
-    static = ("split", "length") if static_length else ("split",)
+    static = ("held", "length") if static_length else ("held",)
 
-    def run(state, record, data, order, row, start, length, split):
+    def run(state, record, data, order, row, start, length, held):
         if mesh is None:
             return train_many(step, state, record, data, order, row, start, length)
-        part = functools.partial(
-            train_many, functools.partial(step, axis_name=AXIS), **_take(split)
-        )
+        each = functools.partial(step, axis_name=AXIS)
+        part = functools.partial(train_many, each, **_take(held))
         if static_length:  # the length is no array
             part = functools.partial(part, length=length)
         scalars = (row, start) if static_length else (row, start, length)
-        held = P(AXIS) if split else P()
         mapped = jax.shard_map(
             part,
             mesh=mesh,
-            in_specs=(P(), P(), held, P(None, AXIS), *[P()] * len(scalars)),
+            in_specs=(P(), P(), _HELD[held], P(None, AXIS), *[P()] * len(scalars)),
             out_specs=(P(), P()),
         )
         return mapped(state, record, data, _share(order, mesh.size, -1), *scalars)
@@ -296,13 +300,14 @@ def compile_training(
     jitted = jax.jit(run, donate_argnums=(0, 1), **options)
 
     def call(state, record, data, order, row: int, start: int, length: int):
-        split = resident.is_split(data)
+        held = resident.held(data, order)
         if mesh is not None:  # a state that is not on the mesh yet would be a second program
-            state, record, order = jax.device_put((state, record, order), everywhere(mesh))
-            data = data if split else jax.device_put(data, everywhere(mesh))
+            state, record = resident.put_whole((state, record), mesh)
+            order = order if held == "own" else resident.put_whole(order, mesh)
+            data = resident.put_whole(data, mesh) if held == "whole" else data
         length = int(length) if static_length else np.int32(length)
         rows = (np.int32(row), np.int32(start))
-        return jitted(state, record, data, order, *rows, length=length, split=split)
+        return jitted(state, record, data, order, *rows, length=length, held=held)
 
     call.jitted = jitted
     return call
@@ -315,20 +320,23 @@ def compile_evaluation(step: Callable, mesh: Mesh | None = None) -> Callable:
     def part(variables, data, order, **how):
         return lax.psum(evaluate_many(step, variables, data, order, **how), AXIS)
 
-    def run(variables, data, order, split):
+    def run(variables, data, order, held):
         if mesh is None:
             return evaluate_many(step, variables, data, order)
-        specs = {"in_specs": (P(), P(AXIS) if split else P(), P(None, AXIS)), "out_specs": P()}
+        specs = {"in_specs": (P(), _HELD[held], P(None, AXIS)), "out_specs": P()}
         # The scan's zeros are equal on every device, its sums are not: no check of that.
-        mapped = functools.partial(part, **_take(split))
+        mapped = functools.partial(part, **_take(held))
         mapped = jax.shard_map(mapped, mesh=mesh, check_vma=False, **specs)
         return mapped(variables, data, _share(order, mesh.size, -1))
 
-    options = {"compiler_options": compiler_options(), "static_argnames": ("split",)}
+    options = {"compiler_options": compiler_options(), "static_argnames": ("held",)}
     jitted = jax.jit(run, **options)
-    return lambda variables, data, order: jitted(
-        variables, data, order, split=resident.is_split(data)
-    )
+
+    def call(variables, data, order):
+        held = resident.held(data, order)
+        return jitted(*resident.spread((variables, data, order), mesh), held=held)
+
+    return call
 
 
 def compile_prediction(step: Callable, mesh: Mesh | None = None) -> Callable:
@@ -342,7 +350,10 @@ def compile_prediction(step: Callable, mesh: Mesh | None = None) -> Callable:
         split = jax.shard_map(functools.partial(predict_many, step), mesh=mesh, **specs)
         return split(variables, _share(images, mesh.size, 0))[:, : images.shape[1]]
 
-    return jax.jit(run, compiler_options=compiler_options())
+    # Each process reads all logits, and computes only a part of them.
+    whole = everywhere(mesh) if mesh is not None and mesh.is_multi_process else None
+    jitted = jax.jit(run, compiler_options=compiler_options(), out_shardings=whole)
+    return lambda variables, images: jitted(*resident.spread((variables, images), mesh))
 
 
 # Above so many numbers drawn, a CPU gains more from an optimised program than compiling it costs.

@@ -263,9 +263,12 @@ class Progress:
       total: images the run trains on, all epochs together.
       done: images trained on before (a resumed run); they do not count in images/s.
       stream: where the bar goes, stderr by default.
+      shown: False draws nothing at all.
     """
 
-    def __init__(self, total: int, *, done: int = 0, stream: TextIO | None = None):
+    def __init__(
+        self, total: int, *, done: int = 0, stream: TextIO | None = None, shown: bool = True
+    ):
         from tqdm import tqdm
 
         stream = sys.stderr if stream is None else stream
@@ -273,7 +276,7 @@ class Progress:
             total=total,
             initial=done,
             file=stream,
-            disable=not stream.isatty(),
+            disable=not (shown and stream.isatty()),
             unit=" images",
             unit_scale=True,
             dynamic_ncols=True,

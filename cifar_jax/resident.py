@@ -8,6 +8,7 @@ wherever its images lie. One too large for that as well is streamed from the hos
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -68,10 +69,69 @@ def put_split(images: np.ndarray, labels: np.ndarray, mesh: Mesh) -> dict[str, j
     return {"image": put(images, np.uint8), "label": put(labels, np.int32)}
 
 
-def is_split(data: dict[str, jax.Array]) -> bool:
-    """Whether the data set is from `put_split`."""
-    sharding = getattr(data["label"], "sharding", None)
-    return isinstance(sharding, NamedSharding) and not sharding.is_fully_replicated
+def put_own(
+    data: dict[str, np.ndarray], rows: np.ndarray, mesh: Mesh
+) -> tuple[dict[str, jax.Array], jax.Array]:
+    """Returns a streamed chunk, of which each device gets the images it will use itself.
+
+    Args:
+      data: what this process's devices need: `image` [steps * B, H, W, C] and `label`, step after
+        step, B images each.
+      rows: int32 [steps, B]: their positions in `data` in that order, -1 for padding.
+      mesh: over several processes, with B / n images of each step for each of this one's n devices.
+    """
+    steps, batch = rows.shape
+    here = len(mesh.local_devices)
+    axis = mesh.axis_names[0]
+
+    def by_device(x):
+        parts = x.reshape(steps, here, batch // here, *x.shape[1:])
+        return np.ascontiguousarray(parts.swapaxes(0, 1)).reshape(x.shape)
+
+    local = np.arange(steps * batch // here, dtype=np.int32).reshape(steps, 1, -1)
+    local = np.broadcast_to(local, (steps, here, batch // here)).reshape(rows.shape)
+    make = jax.make_array_from_process_local_data
+    data = {name: make(NamedSharding(mesh, P(axis)), by_device(x)) for name, x in data.items()}
+    return data, make(NamedSharding(mesh, P(None, axis)), np.where(rows >= 0, local, np.int32(-1)))
+
+
+def spread(tree: Any, mesh: Mesh | None) -> Any:
+    """Returns arrays of this process on every device of a mesh over several processes, which must
+    all give the same. Where there is no such mesh it returns the tree as it is: jit moves it."""
+    if mesh is None or not mesh.is_multi_process:
+        return tree
+    sharding = NamedSharding(mesh, P())
+
+    def put(x):
+        if isinstance(x, jax.Array) and not x.is_fully_addressable:
+            return x  # there already
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            data, impl = jax.random.key_data(x), jax.random.key_impl(x)
+            return jax.random.wrap_key_data(put(data), impl=impl)
+        x = np.asarray(x)
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+    return jax.tree.map(put, tree)
+
+
+def put_whole(tree: Any, mesh: Mesh) -> Any:
+    """Returns arrays on every device of the mesh."""
+    if mesh.is_multi_process:
+        return spread(tree, mesh)
+    return jax.device_put(tree, NamedSharding(mesh, P()))
+
+
+def held(data: dict[str, jax.Array], order: Any) -> str:
+    """Returns how the devices hold the data: `whole`, each all of it; `split`, a part each, in
+    which anyone's images lie (`put_split`); `own`, each what it will use itself (`put_own`)."""
+
+    def is_spread(x):
+        sharding = getattr(x, "sharding", None)
+        return isinstance(sharding, NamedSharding) and not sharding.is_fully_replicated
+
+    if not is_spread(data["label"]):
+        return "whole"
+    return "own" if is_spread(order) else "split"
 
 
 def take_split(data: dict[str, jax.Array], row: jax.Array, axis: str) -> dict[str, jax.Array]:

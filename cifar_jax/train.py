@@ -8,6 +8,7 @@ import json
 import shlex
 import signal
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -55,6 +56,7 @@ def make_parser() -> cli.Parser:
     cli.add_recipe_options(parser)
     cli.add_data_options(parser)
     cli.add_device_options(parser)
+    cli.add_host_options(parser)
     return parser
 
 
@@ -105,16 +107,35 @@ def main(arguments: Sequence[str] | None = None, say=print) -> dict:
     """Parses, trains, tests, reports. Returns what `summary.json` holds. Raises `UserError`."""
     options = make_parser().parse(arguments)
     recipe_name, recipe = cli.recipe_from(options)
-    from cifar_jax import feed
+    from cifar_jax import feed, hosts
 
     if options.feed not in feed.FEEDS:
         raise UserError(f"unknown --feed {options.feed!r}; {nearest(options.feed, feed.FEEDS)}")
     if not options.save_minutes > 0:
         raise UserError(f"--save-minutes must be above 0, got {options.save_minutes:g}")
     cli.check_replica_options(options)
-    cli.start_device(options)
+    with hosts.joined(options.coordinator, options.num_processes, options.process_id):
+        cli.start_device(options)
+        words = sys.argv[1:] if arguments is None else arguments
+        return _as_one(options, recipe_name, recipe, words, say)
 
-    from cifar_jax import finish, initial, many, replicas, training
+
+def _as_one(options, recipe_name, recipe, words: Sequence[str], say) -> dict:
+    """`_main` in each of several processes; the leader alone prints and has the run directory."""
+    from cifar_jax import together
+
+    if options.seeds and together.several():
+        raise UserError("--seeds trains in one process: give each its own and --num-processes 1")
+    if together.is_leader():
+        return _main(options, recipe_name, recipe, words, say)
+    options.no_plots, options.tensorboard, options.overwrite = True, False, False
+    with tempfile.TemporaryDirectory() as scratch:
+        options.workdir = f"{scratch}/run"
+        return _main(options, recipe_name, recipe, words, lambda _: None)
+
+
+def _main(options, recipe_name, recipe, words: Sequence[str], say) -> dict:
+    from cifar_jax import finish, initial, many, replicas, together, training
     from cifar_jax.clock import Clock
     from cifar_jax.from_recipe import input_shape
     from cifar_jax.run import Options, make_run
@@ -146,13 +167,15 @@ def main(arguments: Sequence[str] | None = None, say=print) -> dict:
         start = initial.load(source, run.model, input_shape(recipe, config.dataset["image_shape"]))
         run.start_from(start.variables, start.record)
         notices = [*start.notices, ""]
+    together.check_same(together.settings(run))
     opening = [*finish.opening_lines(run, workdir), *notices]
     if seeds:
         plan = many.make_plan(run, len(seeds), form, options.devices, options.group_size)
         opening += many.opening_lines(run, plan)
     shown = many.results_text if seeds else finish.results_text
     with open_workdir(workdir, run.config, overwrite=options.overwrite) as resume:
-        summary = _complete(workdir, shown, say) if resume else None
+        resume = together.from_leader(resume)
+        summary = together.from_leader(_complete(workdir, shown, say) if resume else None)
         if summary is not None:
             return summary
         for line in opening:
@@ -161,10 +184,9 @@ def main(arguments: Sequence[str] | None = None, say=print) -> dict:
             try:
                 if seeds:
                     return many.train_and_test(run, plan, workdir, stop, say)
-                state, trained = training.train(run, workdir, stop, say, resume)
+                state, trained = training.train(run, workdir, together.any_of(stop), say, resume)
             except training.Interrupted as interrupted:
                 number, step = interrupted.args
-                words = sys.argv[1:] if arguments is None else arguments
                 again = shlex.join(_again(words, workdir))
                 say(f"Stopped by {signal.Signals(number).name} after step {step}; all is saved.")
                 say(f"Go on with: python -m cifar_jax.train {again}")

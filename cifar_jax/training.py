@@ -15,8 +15,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from cifar_jax import feed, from_recipe, optimizers, parallel, report, resident, steps
-from cifar_jax.checkpoints import Checkpoints
+from cifar_jax import feed, from_recipe, optimizers, parallel, report, resident, steps, together
 from cifar_jax.checks import check_first_forward, check_loss, check_weights, stuck_advice
 from cifar_jax.clock import seconds_since_start
 from cifar_jax.datasets import record_source
@@ -54,14 +53,16 @@ def train(
     total = recipe.epochs * run.steps_per_epoch
     with (
         MetricsLog(workdir / "metrics.jsonl") as log,
-        Checkpoints(workdir / "checkpoints") as checkpoints,
+        together.open_checkpoints(workdir / "checkpoints") as checkpoints,
     ):
         position = _begin(run, checkpoints, log, say, resume)
         clock.load(position.seconds)
         data = _resident(run)
         images_done = _images(run, position)
         with (
-            report.Progress(recipe.epochs * len(run.training), done=images_done) as bar,
+            report.Progress(
+                recipe.epochs * len(run.training), done=images_done, shown=together.is_leader()
+            ) as bar,
             _tensorboard(run, workdir, position) as events,
         ):
             printer = bar.print if say is print else say
@@ -116,7 +117,7 @@ def _tensorboard(run: Run, workdir: Path, at: Position):
     return TensorBoardLog(workdir / "tensorboard", resumed_at=step or None)
 
 
-def _begin(run: Run, checkpoints: Checkpoints, log: MetricsLog, say: Print, resume: bool):
+def _begin(run: Run, checkpoints, log: MetricsLog, say: Print, resume: bool):
     """Returns the position to train from: the newest good checkpoint, or the start."""
     if resume and checkpoints.committed():
         abstract = from_recipe.abstract_payload(run.shapes, run.steps_per_epoch)
@@ -141,7 +142,7 @@ def _begin(run: Run, checkpoints: Checkpoints, log: MetricsLog, say: Print, resu
     if resume:
         say("No checkpoint was saved before: starting from the first step")
     log.truncate(0)
-    state = run.create(initial=run.initial)
+    state = together.share(run.create(initial=run.initial))
     say(check_first_forward(run, state))
     return Position(1, 0, state, parallel.empty_record(run.steps_per_epoch), {})
 
@@ -154,10 +155,16 @@ def _resident(run: Run) -> dict[str, jax.Array] | None:
     with run.clock("data"):
         if run.place == "split":
             return resident.put_split(split.images, split.labels, run.mesh)
+        if run.place == "resident" and together.several():
+            data = {"image": split.images, "label": np.asarray(split.labels, np.int32)}
+            return resident.spread(data, run.mesh)
         if run.place == "resident":
             return feed.to_device(split.images, split.labels, parallel.everywhere(run.mesh))
         # Validation reads its own images only; positions are then 0, 1, 2 ...
-        return feed.to_device(split.images[run.validation], split.labels[run.validation])
+        images, labels = split.images[run.validation], split.labels[run.validation]
+        if together.several():
+            return resident.put_split(images, labels, run.mesh)
+        return feed.to_device(images, labels)
 
 
 class _Loop:
@@ -210,16 +217,23 @@ class _Loop:
         """Yields (length, data, order, its first row) until the epoch's end."""
         run = self.run
         if run.place != "stream":
-            order = jax.device_put(order)
+            order = order if together.several() else jax.device_put(order)
+            order = resident.spread(order, run.mesh)
             while start < len(order):
-                length = self.chunks.next(len(order) - start)
+                length = int(together.numbers(self.chunks.next(len(order) - start))[0, 0])
                 yield length, self.data, order, start
                 start += length
             return
         per_chunk, where = self.chunks.streamed(order.shape[1]), parallel.everywhere(run.mesh)
         source = record_source(run.dataset.splits["train"])
+        several = together.several()
+        if several:  # a process reads the images of its own devices only
+            order = feed.columns(order, jax.process_index(), jax.process_count(), run.devices)
         for data, rows, length in feed.stream(source, order, start, per_chunk):
-            yield length, jax.device_put(data, where), jax.device_put(rows), 0
+            if several:
+                yield length, *resident.put_own(data, rows, run.mesh), 0
+            else:
+                yield length, jax.device_put(data, where), jax.device_put(rows), 0
 
     def _after_chunk(self, at: Position, host: dict, before: int, order: np.ndarray) -> None:
         run, recipe = self.run, self.recipe
@@ -233,6 +247,7 @@ class _Loop:
         self.bar.update(images, epoch=at.epoch, loss=float(losses[before:].mean()))
         signal = self.stop()
         due = time.monotonic() - self.saved_at > 60 * run.options.save_minutes
+        due = bool(together.numbers(due)[0, 0])
         if at.step < len(order) and (signal or due):
             self._save(at, metric=None, block=bool(signal))
         if signal and at.step < len(order):

@@ -10,7 +10,8 @@ from cifar_jax import export, inference
 
 __all__ = ["complete", "tiny"]
 
-BLOCKS = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
+PAGES = "".join((ROOT / name).read_text() for name in ("README.md", "docs/scaling.md"))
+BLOCKS = re.findall(r"^```python\n(.*?)^```", PAGES, re.M | re.S)
 
 
 def test_there_is_an_example_of_ones_own_loop():
@@ -42,7 +43,7 @@ def test_the_example_of_serving_runs_on_what_export_writes(complete, tmp_path):
 def test_example_runs(block, cifar10, tmp_path):
     """Where CIFAR-10 is prepared: the examples load it by name."""
     said = run(block, ROOT)
-    if "train_step" in block:
+    if "take_batch" in block:
         found = re.search(r"loss ([\d.]+), (\d+) of (\d+) right", said)
         loss, right, count = map(float, found.groups())
         assert 1.0 < loss < 2.31, "below ln 10, the loss of a network that knows nothing"

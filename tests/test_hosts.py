@@ -1,0 +1,319 @@
+"""Several processes as one run: over loopback, for real, and what can go wrong before they meet."""
+
+import contextlib
+import io
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+
+import numpy as np
+import pytest
+from tiny_data import ROOT, command_environment, rows_of, states_of, tiny, words
+
+from cifar_jax import feed, hosts, parallel, resident, together, train
+from cifar_jax.errors import UserError
+
+__all__ = ["tiny"]
+
+RUN = words("--recipe adam --conv lax --epochs 2 --batch-size 30 --select-best --no-plots")
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+class Processes:
+    """`train` in several processes of two CPU devices each, on this machine."""
+
+    def __init__(self, folder, workdir, arguments, count=2, environments=None, flags=True):
+        self.port = free_port()
+        environment = command_environment(folder / "xla") | {"JAX_NUM_CPU_DEVICES": "2"}
+        self.outputs = [folder / f"out{i}.txt" for i in range(count)]
+        self.running = []
+        for i, output in enumerate(self.outputs):
+            join = [
+                *("--coordinator", f"127.0.0.1:{self.port}"),
+                *("--num-processes", str(count), "--process-id", str(i)),
+            ]
+            common = ["--devices", "2", "--workdir", str(workdir), *(join if flags else [])]
+            extra = (environments or {}).get(i, {})
+            own = arguments[i] if isinstance(arguments, dict) else arguments
+            with output.open("w") as file:
+                process = subprocess.Popen(
+                    [sys.executable, "-m", "cifar_jax.train", *own, *common],
+                    stdout=file,
+                    stderr=subprocess.STDOUT,
+                    env=environment | extra,
+                    cwd=ROOT,
+                )
+            self.running.append(process)
+
+    def wait(self, seconds=300):
+        """Returns each one's exit status, and what it printed without the transport's greetings."""
+        try:
+            status = [process.wait(seconds) for process in self.running]
+        finally:
+            for process in self.running:
+                process.kill()
+        texts = [output.read_text() for output in self.outputs]
+        keep = [[line for line in t.splitlines() if "[Gloo]" not in line] for t in texts]
+        return status, keep
+
+
+def assert_equal_runs(workdir, reference):
+    """Equal but for the order of sums: rows, states and the test."""
+    got, want = rows_of(workdir), rows_of(reference)
+    assert [row["kind"] for row in got] == [row["kind"] for row in want]
+    for a, b in zip(got, want, strict=True):
+        assert a.keys() == b.keys()
+        for name in a.keys() & {"train_loss", "validation_loss", "loss", "test_loss"}:
+            assert a[name] == pytest.approx(b[name], rel=1e-4), name
+    assert got[-1]["test_count"] == 200
+    assert np.sum(got[-1]["confusion"], axis=1).tolist() == [20] * 10
+    assert got[-1]["test_correct"] == want[-1]["test_correct"]
+    got, want = states_of(workdir), states_of(reference)
+    assert got.keys() == want.keys()
+    for name in want:
+        np.testing.assert_allclose(got[name], want[name], rtol=2e-3, atol=2e-5, err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def alone(tiny, tmp_path_factory):
+    """The run in one process, on one device."""
+    workdir = tmp_path_factory.mktemp("alone") / "run"
+    arguments = [*RUN, "--data-dir", str(tiny), "--workdir", str(workdir), "--devices", "1"]
+    train.main(arguments, say=id)
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("processes")
+
+
+def test_two_processes_are_one_run(alone, tiny, folder, tmp_path):
+    workdir = tmp_path / "run"
+    processes = Processes(folder, workdir, [*RUN, "--data-dir", str(tiny)])
+    status, (said, other) = processes.wait()
+    assert status == [0, 0], (said, other)
+    assert other == [], "one process prints"
+    assert any("4 devices share each batch" in line for line in said)
+    assert_equal_runs(workdir, alone)
+    summary = json.loads((workdir / "summary.json").read_text())
+    assert summary["device"]["processes"] == 2
+    assert summary["devices_sharing_a_batch"] == 4
+
+
+def until_saved(workdir, processes, seconds=240):
+    """Waits until the first epoch's checkpoint is complete."""
+    deadline = time.monotonic() + seconds
+    while not list(workdir.glob("checkpoints/*/checkpoint.json")):
+        assert time.monotonic() < deadline
+        assert all(process.poll() is None for process in processes.running)
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_killed_process_ends_the_others_and_the_run_goes_on(killed, tiny, folder, tmp_path):
+    """Goes on in two processes and in one, and both end as the undisturbed run."""
+    longer = [*RUN, "--epochs", "40", "--data-dir", str(tiny)]
+    reference, workdir = tmp_path / "reference", tmp_path / "run"
+    train.main([*longer, "--workdir", str(reference), "--devices", "1"], say=id)
+    processes = Processes(folder, workdir, longer)
+    until_saved(workdir, processes)
+    processes.running[killed].send_signal(signal.SIGKILL)
+    began = time.monotonic()
+    left = processes.running[1 - killed]
+    assert left.wait(120) == 2
+    assert time.monotonic() - began < hosts.HEARTBEAT_SECONDS + 15
+    last = processes.wait()[1][1 - killed][-1]
+    assert last.startswith("error: another process of this run ended")
+    assert "go on from the last checkpoint" in last
+    assert not (workdir / "summary.json").exists()
+
+    copy = tmp_path / "copy"
+    shutil.copytree(workdir, copy)
+    status, (said, _) = Processes(folder, workdir, longer).wait()
+    assert status == [0, 0], said
+    assert any(line.startswith("Going on from step") for line in said)
+    lines = []
+    train.main([*longer, "--workdir", str(copy), "--devices", "2"], say=lines.append)
+    assert any(line.startswith("Going on from step") for line in lines)
+    for finished in (workdir, copy):
+        rows, want = rows_of(finished, "epoch"), rows_of(reference, "epoch")
+        assert len(rows) == len(want) == 40
+        # Rounding grows over 640 steps; another order of batches would be far from this.
+        for a, b in zip(rows[:10], want[:10], strict=True):
+            assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-3)
+        assert rows_of(finished, "test")[0]["test_count"] == 200
+
+
+@pytest.mark.slow
+def test_sigterm_to_any_process_stops_all_and_all_is_saved(tiny, folder, tmp_path):
+    workdir = tmp_path / "run"
+    processes = Processes(folder, workdir, [*RUN, "--epochs", "500", "--data-dir", str(tiny)])
+    until_saved(workdir, processes)
+    processes.running[1].send_signal(signal.SIGTERM)
+    status, (said, _) = processes.wait()
+    assert status == [128 + signal.SIGTERM] * 2
+    assert any("Stopped by SIGTERM" in line and "all is saved" in line for line in said)
+
+
+@pytest.mark.slow
+def test_each_process_streams_its_own_images(tiny, folder, tmp_path, alone):
+    workdir = tmp_path / "run"
+    arguments = [*RUN, "--feed", "stream", "--data-dir", str(tiny)]
+    status, (said, _) = Processes(folder, workdir, arguments).wait()
+    assert status == [0, 0], said
+    assert_equal_runs(workdir, alone)
+
+
+@pytest.mark.slow
+def test_slurm_needs_no_flags(tiny, folder, tmp_path):
+    port = free_port()
+    step = {
+        "SLURM_JOB_ID": "7",
+        "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_NTASKS": "2",
+        "SLURM_STEP_NUM_TASKS": "2",
+        "JAX_COORDINATOR_PORT": str(port),
+    }
+    each = {i: step | {"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)} for i in range(2)}
+    arguments = [*RUN, "--epochs", "1", "--data-dir", str(tiny)]
+    processes = Processes(folder, tmp_path / "run", arguments, environments=each, flags=False)
+    status, (said, other) = processes.wait()
+    assert status == [0, 0], said
+    assert other == []
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["device"]["processes"] == 2
+
+
+@pytest.mark.slow
+def test_processes_with_different_recipes_are_refused(tiny, folder, tmp_path):
+    common = [*RUN, "--data-dir", str(tiny)]
+    arguments = {0: common, 1: [*common, "--learning-rate", "0.5"]}
+    status, texts = Processes(folder, tmp_path / "run", arguments).wait()
+    assert status == [2, 2]
+    for lines in texts:
+        assert "recipe.learning_rate: 0.001 in process 0, 0.5 in it" in lines[-1]
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_one_process_alone_gives_up_waiting_for_the_other(tiny, folder, tmp_path):
+    began = time.monotonic()
+    processes = Processes(folder, tmp_path / "run", [*RUN, "--data-dir", str(tiny)])
+    processes.running[1].kill()
+    assert processes.running[0].wait(120) == 2
+    assert time.monotonic() - began < 60 + 10, "60 s and the start of Python"
+    assert "not all processes came together" in processes.wait()[1][0][-1]
+
+
+# Without other processes.
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--coordinator a:1", "given without --num-processes and --process-id"),
+        ("--num-processes 2 --process-id 0", "given without --coordinator"),
+        ("--coordinator a:1 --num-processes 2 --process-id 2", "is not one of 0 to 1"),
+        ("--coordinator a:1 --num-processes 2 --process-id -1", "is not one of 0 to 1"),
+        ("--coordinator a --num-processes 2 --process-id 0", "must be HOST:PORT, got 'a'"),
+        ("--coordinator a:99999 --num-processes 2 --process-id 0", "must be HOST:PORT"),
+        ("--coordinator a:1 --num-processes 0 --process-id 0", "must be at least 1"),
+    ],
+)
+def test_wrong_flags(flags, said, tmp_path):
+    with pytest.raises(UserError, match=said):
+        train.main([*words(flags), "--workdir", str(tmp_path / "run")], say=id)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_coordinator_that_does_not_answer(monkeypatch):
+    assert hosts.JOIN_SECONDS + 5 < 60
+    monkeypatch.setattr(hosts, "JOIN_SECONDS", 0.5)
+    port = free_port()
+    began = time.monotonic()
+    with (
+        pytest.raises(UserError, match=rf"no coordinator answers at 127.0.0.1:{port}: tried"),
+        hosts.joined(f"127.0.0.1:{port}", 2, 1),
+    ):
+        pass
+    assert time.monotonic() - began < 5
+
+
+def test_what_starts_several_processes_is_noticed(monkeypatch):
+    assert hosts.cluster({}) is None
+    assert hosts.cluster({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "8"}) is None, "no step of srun"
+    assert hosts.cluster({"SLURM_STEP_NUM_TASKS": "1"}) is None
+    assert hosts.cluster({"SLURM_STEP_NUM_TASKS": "8"}) == "SLURM"
+    assert hosts.cluster({"OMPI_COMM_WORLD_SIZE": "2"}) == "Open MPI"
+    assert hosts.cluster({"OMPI_COMM_WORLD_SIZE": "1"}) is None
+    assert hosts.cluster({"TPU_WORKER_HOSTNAMES": "localhost"}) is None
+    assert hosts.cluster({"TPU_WORKER_HOSTNAMES": "a,b"}) == "Cloud TPU"
+    assert hosts.cluster({"MEGASCALE_NUM_SLICES": "2"}) == "Cloud TPU"
+
+    # A machine with TPU chips asks its metadata server.
+    def answer(request, timeout):
+        assert request.get_header("Metadata-flavor") == "Google"
+        assert request.full_url.startswith("http://10.0.0.1/computeMetadata/")
+        return contextlib.closing(io.BytesIO(b"unknown:unknown:10.0.0.2,unknown:unknown:10.0.0.3"))
+
+    monkeypatch.setattr(urllib.request, "urlopen", answer)
+    monkeypatch.setattr(os.path, "exists", lambda path: True)
+    monkeypatch.setattr(hosts.importlib.util, "find_spec", lambda name: True)
+    assert hosts.cluster({"GCE_METADATA_IP": "10.0.0.1"}) == "Cloud TPU"
+    assert hosts.cluster({"GCE_METADATA_IP": "10.0.0.1", "JAX_PLATFORMS": "cpu"}) is None
+
+
+def test_one_process_stays_alone_where_that_is_asked(monkeypatch):
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
+    with hosts.joined(processes=1):
+        assert not together.several()
+
+
+def test_differences_are_named():
+    a = {"recipe": {"epochs": 2, "augment": ["flip"]}, "versions": {"jax": "0.10.2"}, "seed": 1}
+    b = {"recipe": {"epochs": 3, "augment": ["flip"]}, "versions": {"jax": "0.10.1"}, "seed": 1}
+    assert together.differences(a, a) == []
+    assert together.differences(a, b) == [
+        "recipe.epochs: 2 in process 0, 3 in it",
+        "versions.jax: 0.10.2 in process 0, 0.10.1 in it",
+    ]
+
+
+def test_one_process_gives_itself_what_it_asks():
+    assert together.is_leader()
+    assert not together.several()
+    assert together.from_leader({"a": 1}) == {"a": 1}
+    assert together.numbers(3, 4).tolist() == [[3, 4]]
+    assert together.any_of(lambda: None)() is None
+    assert together.any_of(lambda: 15)() == 15
+
+
+def test_a_process_reads_its_own_columns_of_an_order():
+    order = feed.batches(np.arange(25, dtype=np.int32), 10)
+    parts = [feed.columns(order, process, 2, 4) for process in range(2)]
+    assert [part.shape for part in parts] == [(3, 6), (3, 6)]
+    assert np.concatenate(parts, axis=1)[:, :10].tolist() == order.tolist()
+    assert (np.concatenate(parts, axis=1)[:, 10:] == -1).all()
+    # Each device finds in its own part of the chunk what its own positions ask for.
+    mesh = parallel.data_mesh(3)
+    rows = np.where(parts[0] >= 0, np.arange(18, dtype=np.int32).reshape(3, 6), -1)
+    labels = parts[0].reshape(-1)
+    data, positions = resident.put_own({"label": labels}, rows.astype(np.int32), mesh)
+    for i, (held, asked) in enumerate(
+        zip(data["label"].addressable_shards, positions.addressable_shards, strict=True)
+    ):
+        asked = np.asarray(asked.data)
+        found = np.where(asked >= 0, np.asarray(held.data)[asked], -1)
+        assert found.tolist() == parts[0][:, 2 * i : 2 * i + 2].tolist()
