@@ -161,7 +161,8 @@ def _map(names, values, points, path, heading) -> Path:
         axis = figure.subplots()
         axis.set_facecolor(plots.FAINT)
         picture = axis.imshow(grid, cmap="Blues", aspect="auto", origin="lower")
-        low, high = np.nanmin(grid, initial=100), np.nanmax(grid, initial=0)
+        found = grid[np.isfinite(grid)]
+        low, high = (found.min(), found.max()) if len(found) else (0, 1)
         for (row, column), value in np.ndenumerate(grid):
             dark = np.isfinite(value) and value > low + 0.6 * (high - low)
             text = f"{value:.1f}" if np.isfinite(value) else "diverged"

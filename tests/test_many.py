@@ -19,7 +19,7 @@ __all__ = ["small", "tiny"]
 
 # Dropout, momentum, validation and the best epoch: what a run draws and keeps.
 RUN = [
-    *words("--recipe dropout --model small --epochs 3 --batch-size 70 --learning-rate 0.1"),
+    *words("--recipe dropout --model small --epochs 3 --batch-size 70 --learning-rate 0.005"),
     *words("--momentum 0.5 --log-every 3"),
 ]
 SEEDS = (3, 4, 9)
@@ -104,7 +104,7 @@ def test_what_is_said_and_summed_up(group):
     assert [run["test_accuracy"] for run in summary["runs"]] == accuracies
     found = summary["test_accuracy"]
     assert (found["n"], found["min"], found["max"]) == (3, min(accuracies), max(accuracies))
-    assert found["mean"] == pytest.approx(np.mean(accuracies))
+    assert found["min"] < found["mean"] == pytest.approx(np.mean(accuracies)) < found["max"]
     assert found["std"] == pytest.approx(np.std(accuracies, ddof=1))
     assert summary["test_loss"]["mean"] == pytest.approx(np.mean([r["test_loss"] for r in runs]))
     cats = [run["per_class"][3]["accuracy"] for run in runs]

@@ -103,6 +103,7 @@ def rows(workdir):
     return list(csv.DictReader((workdir / "results.csv").read_text().splitlines()))
 
 
+@pytest.mark.slow
 def test_a_point_is_the_single_run_of_its_settings(done, tiny, tmp_path):
     arguments = f"{FIXED} --learning-rate 0.01 --momentum 0.9 --seed 1 --devices 1 --no-plots"
     common = ["--data-dir", str(tiny), "--workdir", str(tmp_path / "alone")]
