@@ -132,11 +132,12 @@ class Group:
     def _place(self, tree: Any) -> Any:
         return replicas.split_evenly(tree, self.mesh)
 
-    def rows(self, member: int) -> list[dict]:
-        """Returns a run's rows, as its own log would hold them."""
-        rows = read_metrics(self.log.path)
-        mine = [row for row in rows if row["member"] == member]
-        return [{k: v for k, v in row.items() if k != "member"} for row in mine]
+    def rows(self) -> list[list[dict]]:
+        """Returns each run's rows, as its own log would hold them."""
+        found: list[list[dict]] = [[] for _ in self.members]
+        for row in read_metrics(self.log.path):
+            found[row["member"]].append({k: v for k, v in row.items() if k != "member"})
+        return found
 
     def train(self) -> Position:
         """Trains to the last epoch, or until no run is left, going on from the newest checkpoint.

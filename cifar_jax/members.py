@@ -31,7 +31,7 @@ def write_members(training: Group, at: Position, workdir: Path) -> dict[int, int
     run, members = training.run, training.members
     sums, logits, lost = test_group(training, at)
     names, size = run.dataset.class_names, len(run.dataset.splits["test"].labels)
-    rows = [training.rows(i) for i in range(len(members))]
+    rows = training.rows()
     arrays = jax.device_put(at.arrays, jax.local_devices()[0])
     for i, member in enumerate(members):
         folder = folder_of(workdir, member)

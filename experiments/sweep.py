@@ -219,10 +219,10 @@ def rows_of(training, at) -> list[dict]:
     from cifar_jax.members import test_group
 
     sums, _, lost = test_group(training, at)
-    rows = []
+    rows, logs = [], training.rows()
     for i, best in enumerate(at.best_rows):
         tested = report.rates({name: sums[name][i] for name in ("loss", "correct", "count")})
-        last = [row for row in training.rows(i) if row["kind"] == "epoch"][-1:]
+        last = [row for row in logs[i] if row["kind"] == "epoch"][-1:]
         shown = best if training.recipe.select_best else (last[0] if last else None)
         shown = shown or {}
         found = {
