@@ -81,7 +81,7 @@ def opening_lines(run: Run, plan: Plan) -> list[str]:
             f"Groups     {groups} of up to {plan.size} runs, one after another: a run takes about "
             f"{plan.bytes / 2**20:,.1f} MiB{free}"
         )
-    return [*lines, ""]
+    return lines
 
 
 def train_and_test(

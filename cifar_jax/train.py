@@ -171,7 +171,7 @@ def _main(options, recipe_name, recipe, words: Sequence[str], say) -> dict:
     opening = [*finish.opening_lines(run, workdir), *notices]
     if seeds:
         plan = many.make_plan(run, len(seeds), form, options.devices, options.group_size)
-        opening += many.opening_lines(run, plan)
+        opening = [*many.opening_lines(run, plan), *opening]
     shown = many.results_text if seeds else finish.results_text
     with open_workdir(workdir, run.config, overwrite=options.overwrite) as resume:
         resume = together.from_leader(resume)
