@@ -104,7 +104,8 @@ def test_what_is_said_and_summed_up(group):
     assert [run["test_accuracy"] for run in summary["runs"]] == accuracies
     found = summary["test_accuracy"]
     assert (found["n"], found["min"], found["max"]) == (3, min(accuracies), max(accuracies))
-    assert found["min"] < found["mean"] == pytest.approx(np.mean(accuracies)) < found["max"]
+    assert found["min"] < found["mean"] < found["max"]
+    assert found["mean"] == pytest.approx(np.mean(accuracies))
     assert found["std"] == pytest.approx(np.std(accuracies, ddof=1))
     assert summary["test_loss"]["mean"] == pytest.approx(np.mean([r["test_loss"] for r in runs]))
     cats = [run["per_class"][3]["accuracy"] for run in runs]
