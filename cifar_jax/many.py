@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from cifar_jax import group_size, published, records, replicas, report
@@ -51,11 +50,8 @@ def make_plan(
     takes it.
 
     Raises:
-      UserError: unknown form, more devices than there are, a data set too large for one, or
-        several processes.
+      UserError: unknown form, more devices than there are, or a data set too large for one.
     """
-    if jax.process_count() > 1:
-        raise UserError("many runs at once are those of one process; start it without others")
     if run.place != "resident":
         raise UserError("many runs at once need a data set that fits on every device; this is not")
     form = replicas.choose_form(asked_form)
