@@ -1,13 +1,22 @@
 """Every test runs under strict rules and on several CPU devices."""
 
+import atexit
 import os
 import pathlib
+import shutil
+import tempfile
 import warnings
 
 os.environ["JAX_PLATFORMS"] = os.environ.get("CIFAR_JAX_TEST_PLATFORM", "cpu")
 _SHARED = pathlib.Path(__file__).resolve().parents[2] / "shared" / "tensorflow_datasets"
 if "TFDS_DATA_DIR" not in os.environ and _SHARED.is_dir():
     os.environ["TFDS_DATA_DIR"] = str(_SHARED)
+
+# Compiling is most of the suite's time. What is compiled is kept for the tests after it and for the
+# commands they start; each process of pytest-xdist keeps its own, as JAX writes without a lock.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE = tempfile.mkdtemp(prefix="cifar_jax-xla-")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)
 
 import jax  # noqa: E402
 import pytest  # noqa: E402

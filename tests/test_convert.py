@@ -27,10 +27,11 @@ from benchmarks.torch_models import TutorialCNN  # noqa: E402
 
 __all__ = ["complete", "tiny"]
 
+SMALL = words("--recipe adam --conv lax --devices 1 --batch-size 60 --no-plots")
 # Without a step: what comes out is what went in.
-STILL = words("--recipe adam --conv lax --epochs 1 --batch-size 60 --learning-rate 0 --no-plots")
+STILL = [*SMALL, *words("--epochs 1 --learning-rate 0")]
 # With an averaged copy of the weights, which starts from the given ones too.
-MOVING = words("--recipe adam --conv lax --epochs 2 --batch-size 60 --ema-decay 0.9 --no-plots")
+MOVING = [*SMALL, *words("--epochs 2 --ema-decay 0.9")]
 
 EARLIER = STEPS * 3  # the epoch before the last
 

@@ -7,22 +7,21 @@ import shutil
 import numpy as np
 import pytest
 from PIL import Image
-from tiny_data import NAMES, prepare_tiny, tiny, words
+from tiny_data import NAMES, STEPS, complete, prepare_tiny, tiny
 
-from cifar_jax import evaluate, inference, predict, train
+from cifar_jax import evaluate, inference, predict
 from cifar_jax.datasets import load_dataset
 from cifar_jax.errors import UserError
 
-__all__ = ["tiny"]
+__all__ = ["complete", "tiny"]
+
+LAST = 4 * STEPS
 
 
 @pytest.fixture(scope="module")
-def trained(tiny, tmp_path_factory):
-    """A run of three epochs whose best is tested, and knows its classes only in part."""
-    workdir = tmp_path_factory.mktemp("trained") / "run"
-    recipe = words("--recipe adam --conv lax --batch-size 60 --epochs 3 --select-best --no-plots")
-    train.main([*recipe, "--data-dir", str(tiny), "--workdir", str(workdir)], say=id)
-    return workdir
+def trained(complete):
+    """A run whose best epoch is tested; nothing here writes to it."""
+    return complete
 
 
 @pytest.fixture(scope="module")
@@ -72,9 +71,8 @@ def test_other_splits_checkpoints_and_sets(trained, tiny, tmp_path):
     assert found["test_count"] == sum(c["count"] for c in found["per_class"]) == 600
     assert any("Train accuracy" in line for line in lines)
     latest, _ = evaluated(trained, tiny, "--checkpoint", "latest")
-    assert latest["step"] == 24
-    (trained / "checkpoints" / "24").stat()
-    by_step, _ = evaluated(trained / "checkpoints" / "24", tiny)
+    assert latest["step"] == LAST
+    by_step, _ = evaluated(trained / "checkpoints" / str(LAST), tiny)
     assert by_step["test_loss"] == latest["test_loss"]
     assert evaluated(trained / "checkpoints", tiny)[0]["test_loss"] == test["test_loss"]
     other = prepare_tiny(tmp_path / "other", seed=1)

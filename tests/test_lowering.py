@@ -220,7 +220,7 @@ def test_models_agree_in_float64(name):
         variables = make_model(name).init(jax.random.key(0), x.astype(jnp.float32))
         variables = jax.tree.map(lambda a: a.astype(jnp.float64), variables)
 
-        @jax.jit
+        @jit
         def run(variables, x):
             def one(lowering):
                 model = make_model(name, lowering=lowering)

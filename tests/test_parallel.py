@@ -20,13 +20,29 @@ from cifar_jax.device_steps import (
     shard_map_train_step,
 )
 from cifar_jax.errors import UserError
-from cifar_jax.models import MODELS
-from cifar_jax.models.layers import Dense, Dropout
+from cifar_jax.models.layers import ConvRelu, Dense, Dropout, Flatten
 from cifar_jax.steps import create_state, eval_step, make_preprocess, predict_step, train_step
 
 BATCH, STEPS = 8, 2
 DEVICES = [2, pytest.param(4, marks=pytest.mark.slow)]
-MODEL = MODELS["dropout_cnn"]()
+SHAPE = (8, 8, 3)
+
+
+class Network(nn.Module):
+    """dropout_cnn in small, with a convolution of either CPU form: [N, 8, 8, 3] -> [N, 10]."""
+
+    lowering: str = "auto"
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = ConvRelu(16, 3, padding=1, pool=True, lowering=self.lowering, name="conv1")(x)
+        x = ConvRelu(8, 3, padding=1, pool=True, lowering=self.lowering, name="conv2")(x)
+        x = Dropout(0.25, name="dropout1")(Flatten(name="flatten")(x), train)
+        x = nn.relu(Dense(16, name="fc1")(x))
+        return Dense(10, name="fc2")(Dropout(0.25, name="dropout2")(x, train))
+
+
+MODEL = Network()
 OPTIMIZER = optax.sgd(0.1, momentum=0.9)
 OPTIONS = {
     "model": MODEL,
@@ -41,7 +57,7 @@ def batch_of(seed):
     """Three of the eight rows are padding, all of them on the last devices."""
     rng = np.random.default_rng(seed)
     return {
-        "image": rng.integers(0, 256, (BATCH, 32, 32, 3), np.uint8),
+        "image": rng.integers(0, 256, (BATCH, *SHAPE), np.uint8),
         "label": rng.integers(0, 10, BATCH).astype(np.int32),
         "mask": np.array([1, 1, 1, 1, 1, 0, 0, 0], np.float32),
     }
@@ -49,7 +65,7 @@ def batch_of(seed):
 
 @jax.jit
 def start(seed=0):
-    return create_state(MODEL, OPTIMIZER, jax.random.key(seed), ema=True)
+    return create_state(MODEL, OPTIMIZER, jax.random.key(seed), image_shape=SHAPE, ema=True)
 
 
 @functools.cache
@@ -264,9 +280,9 @@ def test_chunk_lengths_cover_an_epoch_and_follow_the_speed():
 
 
 def test_prediction_maps_over_batches():
-    images = np.random.default_rng(0).integers(0, 256, (3, 2, 32, 32, 3), np.uint8)
+    images = np.random.default_rng(0).integers(0, 256, (3, 2, *SHAPE), np.uint8)
     variables = {"params": start().params}
-    step = functools.partial(predict_step, model=MODELS["dropout_cnn"](lowering="lax"))
+    step = functools.partial(predict_step, model=Network(lowering="lax"))
     got = parallel.compile_prediction(step)(variables, images)
     assert got.shape == (3, 2, 10)
     np.testing.assert_allclose(got[1], jax.jit(step)(variables, images[1]), atol=1e-5)

@@ -34,6 +34,8 @@ from cifar_jax.torch_weights import from_torch, to_torch  # noqa: E402
 NAMES = ("tutorial_cnn", "deep_cnn", "dropout_cnn")
 FORMS = tuple(name for name in LOWERINGS if name != "auto")
 BATCH, STEPS = 4, 100
+# 100 steps of one form in every test run; all of them take minutes.
+LONG_FORM = "winograd"
 
 # Its update is the gradient itself, kept in the optimizer state for the test to read.
 KEEP_GRADIENT = optax.GradientTransformation(
@@ -51,6 +53,11 @@ OPTIMIZERS = {
 }
 # Adam divides by |g| + 1e-8, and so makes the rounding of a tiny gradient up to 1e5 times larger.
 TOLERANCES = {"momentum": 1e-9, "adam": 1e-7}
+
+
+def quick_options():
+    """For programs of few calls, which take longer to optimise than to run."""
+    return compiler_options() | {"xla_backend_optimization_level": 0}
 
 
 def options_of(name):
@@ -121,7 +128,8 @@ def float64_step(name, form):
         logits = options["model"].apply({"params": params}, images)
         return logits, sums["loss"] / len(labels), after.opt_state
 
-    return jax.jit(step, compiler_options=compiler_options())
+    compiling = compiler_options() if form == LONG_FORM else quick_options()
+    return jax.jit(step, compiler_options=compiling)
 
 
 @functools.cache
@@ -163,10 +171,7 @@ def test_logits_loss_and_gradients_in_float64(name, form):
         assert_close(to_torch(our_gradients), gradients, 1e-11)
 
 
-# 100 steps of one form in every test run; all of them take minutes.
-LONG = [
-    form if form == "winograd" else pytest.param(form, marks=pytest.mark.slow) for form in FORMS
-]
+LONG = [form if form == LONG_FORM else pytest.param(form, marks=pytest.mark.slow) for form in FORMS]
 
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
@@ -224,7 +229,7 @@ def test_float32_on_real_images(recipe, form, cifar10):
         "preprocess": make_preprocess(recipe.normalize),
     }
 
-    @functools.partial(jax.jit, compiler_options=compiler_options())
+    @functools.partial(jax.jit, compiler_options=quick_options())
     def all_steps(params, batch):
         variables = {"params": params}
         after, _ = train_step(state_with(params), batch, optimizer=KEEP_GRADIENT, **options)

@@ -25,7 +25,7 @@ def run(tiny, workdir, *arguments):
     return train.main([*arguments, *common], say=lines.append), lines
 
 
-QUICK = words("--recipe adam --conv lax --batch-size 60 --epochs 1")
+QUICK = words("--recipe adam --conv lax --devices 1 --batch-size 60 --epochs 1")
 
 
 def test_what_a_run_says(complete):
@@ -220,7 +220,9 @@ def test_another_seed_is_another_run(complete, tiny, tmp_path):
 
 
 def test_without_validation_the_last_weights_are_tested(tiny, tmp_path):
-    recipe = words("--recipe tutorial --conv lax --epochs 1 --batch-size 50 --log-every 0")
+    recipe = words(
+        "--recipe tutorial --conv lax --devices 1 --epochs 1 --batch-size 50 --log-every 0"
+    )
     summary, lines = run(tiny, tmp_path / "run", *recipe)
     assert (summary["training_images"], summary["validation_images"]) == (600, 0)
     assert summary["best_epoch"] is None

@@ -28,9 +28,9 @@ SIZES = {"train": 600, "test": 200}
 # Everything that carries state from step to step: Adam's moments, an averaged copy of the weights,
 # a schedule, random augmentation, a partly filled last batch, a window that straddles saves.
 RICH = [
-    *words("--recipe adam --conv lax --epochs 4 --batch-size 14 --learning-rate 0.003"),
-    *words("--schedule cosine --warmup-epochs 1 --ema-decay 0.8 --augment flip,translate"),
-    *words("--select-best --log-every 8"),
+    *words("--recipe adam --conv lax --devices 1 --epochs 4 --batch-size 14"),
+    *words("--learning-rate 0.003 --schedule cosine --warmup-epochs 1 --ema-decay 0.8"),
+    *words("--augment flip,translate --select-best --log-every 8"),
 ]
 STEPS = 35  # an epoch of 480 images in batches of 14; the last holds 4
 
@@ -61,11 +61,8 @@ _made: dict[str, Path] = {}
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory) -> Path:
-    """The tfds directory of the tiny set; also keeps compiled programs out of the user's cache."""
+    """The tfds directory of the tiny set."""
     if "tiny" not in _made:
-        if jax.config.jax_compilation_cache_dir is None:
-            jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("xla")))
-            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         _made["tiny"] = prepare_tiny(tmp_path_factory.mktemp("tiny"))
     return _made["tiny"]
 
