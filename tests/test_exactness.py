@@ -25,7 +25,8 @@ from cifar_jax import manifests
 __all__ = ["tiny"]
 
 # A save after every chunk, so that kills fall into and between saves within an epoch too.
-OFTEN = words("--save-minutes 1e-6 --no-plots")
+# The default convolutions: their steps are quicker than those of `lax`, and what users run.
+OFTEN = words("--save-minutes 1e-6 --no-plots --conv auto")
 
 
 @pytest.fixture(scope="module")
