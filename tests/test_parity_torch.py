@@ -171,12 +171,15 @@ def test_logits_loss_and_gradients_in_float64(name, form):
         assert_close(to_torch(our_gradients), gradients, 1e-11)
 
 
+LONG_NAMES = [
+    pytest.param(name, marks=pytest.mark.slow) if name == "deep_cnn" else name for name in NAMES
+]
 LONG = [form if form == LONG_FORM else pytest.param(form, marks=pytest.mark.slow) for form in FORMS]
 
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 @pytest.mark.parametrize("form", LONG)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", LONG_NAMES)
 def test_weights_after_100_steps_in_float64(name, form, kind):
     losses, weights = torch_training(name, kind)
     start = numpy_state(torch_model_of(name))
