@@ -9,6 +9,7 @@ import optax
 import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
+from quick import jit
 
 from cifar_jax.models.layers import BatchNorm
 from cifar_jax.models.vgg import VGGBatchNorm
@@ -18,8 +19,6 @@ LAYERS = (4, 4, "M", 6, "M")
 MODEL = VGGBatchNorm(layers=LAYERS, lowering="lax")
 OPTIMIZER = optax.sgd(0.1, momentum=0.9)
 STEPS, BATCH, COUNTED, SIDE = 3, 8, 5, 8
-# Compiling is most of this file's time, and the arrays are tiny.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def batch_of(seed, dtype=np.float32):

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from quick import jit
 
 from cifar_jax import feed, inference, initial, steps, weight_files
 from cifar_jax.errors import UserError
@@ -34,8 +35,6 @@ RECIPES = {
     "adamw": ADAM.replace(optimizer="adamw", weight_decay=1.0),
 }
 EMA = 0.9
-# Compiling is most of this file's time, and the arrays are tiny.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def model(folded):

@@ -8,13 +8,11 @@ import numpy as np
 import pytest
 from jax import lax
 from jax.sharding import PartitionSpec
+from quick import jit
 
 from cifar_jax.errors import UserError
 from cifar_jax.models import epilogue, make_model
 from cifar_jax.models.lowering import choose, convolve, cpu_compiler_options, to_images
-
-# Compiling is most of this file's time, and the arrays are tiny.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 # batch, height, width, channels, features, kernel, padding, pool
 SHAPES = [
@@ -221,7 +219,7 @@ def test_models_agree_in_float64(name):
     """Logits and every gradient of whole models, whose `auto` mixes the forms, against lax."""
     with jax.enable_x64(True):
         x = _arrays(7, (2, 32, 32, 3))[0]
-        variables = make_model(name).init(jax.random.key(0), x.astype(jnp.float32))
+        variables = jit(make_model(name).init)(jax.random.key(0), x.astype(jnp.float32))
         variables = jax.tree.map(lambda a: a.astype(jnp.float64), variables)
 
         @jit

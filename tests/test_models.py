@@ -7,10 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from quick import jit
 from scipy import stats
 
 from cifar_jax.errors import UserError
 from cifar_jax.models import MODELS, make_model
+from cifar_jax.parallel import compile_for_one_call
 
 # Layer by layer from the write-ups: kernel shape; its product and last entry (the biases) add up.
 KERNELS = {
@@ -52,7 +54,8 @@ def initial(name):
     model = MODELS[name](lowering="lax")
     keys = jax.random.split(jax.random.key(0), SEEDS)
     image = jnp.zeros((1, 32, 32, 3))
-    variables = jax.jit(jax.vmap(lambda key: model.init(key, image)))(keys)
+    draw = compile_for_one_call(jax.vmap(lambda key: model.init(key, image)), SEEDS * TOTALS[name])
+    variables = draw(keys)
     assert set(variables) == {"params"}
     return jax.tree.map(np.asarray, variables["params"])
 
@@ -107,7 +110,7 @@ def test_an_images_logits_do_not_depend_on_its_batch(name):
     model = MODELS[name]()
     images = np.random.default_rng(0).uniform(-1, 1, (5, 32, 32, 3)).astype(np.float32)
     variables = {"params": jax.tree.map(lambda x: x[0], initial(name))}
-    apply = jax.jit(model.apply)
+    apply = jit(model.apply)
     logits = np.asarray(apply(variables, images))
     assert logits.shape == (5, 10)
     assert logits.dtype == np.float32

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from quick import jit
 from tiny_data import tiny, words
 
 from cifar_jax import augment, evaluate, feed, from_recipe, inference, layer_groups, train
@@ -58,7 +59,7 @@ def batch_of(count, seed=0):
 def programs(recipe, model):
     """The state before the first step of `recipe`, and its compiled step."""
     create = from_recipe.state_maker(recipe, model, 4, SHAPE)
-    return jax.jit(create)(jax.random.key(0)), jax.jit(from_recipe.step_of(recipe, model, 4))
+    return jit(create)(jax.random.key(0)), jit(from_recipe.step_of(recipe, model, 4))
 
 
 def run_steps(recipe, steps=3, model=None, mask=None):
@@ -199,7 +200,7 @@ def test_rates_by_layer_are_torchs_parameter_groups(settings):
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(theirs, 12)
     ours = make_optimizer(recipe, 4)
     params, state = start, ours.init(start)
-    update = jax.jit(ours.update)
+    update = jit(ours.update)
     for _ in range(8):
         grads = {name: {"kernel": rng.normal(size=(3, 2)).astype(np.float32)} for name in scales}
         updates, state = update(grads, state, params)
@@ -268,16 +269,17 @@ def test_parts_normalise_by_themselves_in_order():
 def test_parts_under_an_axis():
     """A batch over two devices, each cutting its half into parts."""
     model, optimizer = Tiny(), optax.sgd(0.1)
-    state, batch = create_state(model, optimizer, jax.random.key(0), image_shape=SHAPE), batch_of(8)
+    create = functools.partial(create_state, model, optimizer, image_shape=SHAPE)
+    state, batch = jit(create)(jax.random.key(0)), batch_of(8)
     step = functools.partial(train_step, model=model, optimizer=optimizer)
-    want, sums = jax.jit(step)(state, batch)
+    want, sums = jit(step)(state, batch)
     mesh = jax.make_mesh((2,), ("batch",), axis_types=(jax.sharding.AxisType.Auto,))
     over, every = jax.sharding.PartitionSpec("batch"), jax.sharding.PartitionSpec()
     split = jax.shard_map(
         functools.partial(step, accumulate=2, axis_name="batch"),
         mesh=mesh, in_specs=(every, over), out_specs=(every, every),
     )  # fmt: skip
-    got, got_sums = jax.jit(split)(state, batch)
+    got, got_sums = jit(split)(state, batch)
     assert_close(got_sums, sums, rtol=1e-5)
     assert_close(got.params, want.params, rtol=1e-4, atol=1e-6)
 
@@ -316,7 +318,7 @@ def test_a_run_with_every_option(tiny, tmp_path):
     assert summary["recipe"]["rate_scale"] == ["fc1=0.1", "fc3=2"]
     trained = inference.load(tmp_path / "run")
     create = from_recipe.state_maker(trained.config.recipe, trained.model, 8, (32, 32, 3))
-    start = jax.jit(create)(feed.run_keys(42)["state"]).params
+    start = jit(create)(feed.run_keys(42)["state"]).params
     shapes = jax.tree.map(jnp.shape, trained.variables["params"])
     assert shapes["fc1"]["kernel"] == (16 * 2 * 2, 120)
     moved = {

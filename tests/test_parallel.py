@@ -10,6 +10,7 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from quick import jit
 
 from cifar_jax import feed, parallel, resident
 from cifar_jax.clock import Clock, compile_seconds
@@ -63,7 +64,7 @@ def batch_of(seed):
     }
 
 
-@jax.jit
+@jit
 def start(seed=0):
     return create_state(MODEL, OPTIMIZER, jax.random.key(seed), image_shape=SHAPE, ema=True)
 
@@ -71,7 +72,7 @@ def start(seed=0):
 @functools.cache
 def one_device():
     """The state and the sums of each step, on one device."""
-    step = jax.jit(functools.partial(train_step, **OPTIONS))
+    step = jit(functools.partial(train_step, **OPTIONS))
     return run(step)
 
 
@@ -114,7 +115,7 @@ def test_the_reference_moves():
 
 @pytest.mark.parametrize(("devices", "check"), [(2, False), (4, True)])
 def test_shard_map_equals_one_device(devices, check):
-    step = jax.jit(
+    step = jit(
         jax.shard_map(
             functools.partial(train_step, axis_name="data", **OPTIONS),
             mesh=mesh_of(devices),
@@ -149,7 +150,7 @@ def test_a_ready_made_step_equals_one_device(way, devices):
 def test_jit_with_shardings_equals_one_device(devices):
     mesh = mesh_of(devices)
     whole, split = NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
-    step = jax.jit(
+    step = jit(
         functools.partial(train_step, **OPTIONS),
         in_shardings=(whole, split),
         out_shardings=(whole, whole),
@@ -160,7 +161,7 @@ def test_jit_with_shardings_equals_one_device(devices):
 @pytest.mark.parametrize("way", WAYS)
 def test_evaluation_over_devices_counts_each_image_once(way):
     variables, batch = {"params": start().params}, batch_of(0)
-    want = jax.jit(functools.partial(eval_step, model=MODEL))(variables, batch)
+    want = jit(functools.partial(eval_step, model=MODEL))(variables, batch)
     evaluate = WAYS[way][1](devices=jax.devices()[:3], model=MODEL)
     got = evaluate(variables, batch)
     assert float(got["count"]) == 5
@@ -175,8 +176,8 @@ def test_vmap_over_seeds_is_a_loop_over_seeds():
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
     batches = [batch_of(10 + seed) for seed in range(3)]
     together = jax.tree.map(lambda *leaves: np.stack(leaves), *batches)
-    got, got_sums = jax.jit(jax.vmap(step))(stacked, together)
-    single = jax.jit(step)
+    got, got_sums = jit(jax.vmap(step))(stacked, together)
+    single = jit(step)
     for i, (state, batch) in enumerate(zip(states, batches, strict=True)):
         want, sums = single(state, batch)
         for name in sums:

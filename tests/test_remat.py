@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from quick import jit
 
 from cifar_jax import parallel, steps
 from cifar_jax.errors import UserError
@@ -46,7 +47,7 @@ def test_rematerialising_saves_memory_and_changes_nothing():
             create = functools.partial(
                 steps.create_state, model, optimizer, image_shape=(16, 16, 3)
             )
-            state = jax.jit(create)(jax.random.key(0))
+            state = jit(create)(jax.random.key(0))
             wide = jax.tree.map(lambda x: x.astype("float64"), (state.params, state.batch_stats))
             state = state.replace(params=wide[0], batch_stats=wide[1])
             step = functools.partial(

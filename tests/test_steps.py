@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from quick import jit
 
 from cifar_jax import feed, parallel
 from cifar_jax.models import MODELS
@@ -56,7 +57,7 @@ def state_of(model, optimizer=KEEP_GRADIENT, seed=0, **options):
 
 
 def jitted(model, optimizer=KEEP_GRADIENT, **options):
-    return jax.jit(functools.partial(train_step, model=model, optimizer=optimizer, **options))
+    return jit(functools.partial(train_step, model=model, optimizer=optimizer, **options))
 
 
 def reference(state, batch):
@@ -264,7 +265,7 @@ def test_create_state():
 
 def test_bfloat16_activations_over_float32_weights():
     model, optimizer = MODELS["tutorial_cnn"](lowering="lax"), optax.sgd(0.05)
-    state = jax.jit(lambda key: create_state(model, optimizer, key))(jax.random.key(0))
+    state = jit(lambda key: create_state(model, optimizer, key))(jax.random.key(0))
     rng = np.random.default_rng(0)
     batch = {
         "image": rng.integers(0, 256, (8, 32, 32, 3), np.uint8),
@@ -276,7 +277,7 @@ def test_bfloat16_activations_over_float32_weights():
         after, sums = jitted(model, optimizer, preprocess=preprocess)(state, batch)
         assert {leaf.dtype for leaf in jax.tree.leaves(after.params)} == {np.dtype(np.float32)}
         assert sums["loss"].dtype == np.float32
-        predict = jax.jit(functools.partial(predict_step, model=model, preprocess=preprocess))
+        predict = jit(functools.partial(predict_step, model=model, preprocess=preprocess))
         logits = predict(inference_variables(state), batch["image"])
         assert logits.dtype == np.float32
         results[precision] = np.asarray(logits), float(sums["loss"]), after.params
@@ -295,7 +296,7 @@ def whole_test_split(cifar10):
     split = cifar10.splits["test"]
     assert len(split) == 10_000
     model = MODELS["tutorial_cnn"]()
-    state = jax.jit(lambda key: create_state(model, optax.sgd(0.1), key))(jax.random.key(0))
+    state = jit(lambda key: create_state(model, optax.sgd(0.1), key))(jax.random.key(0))
     variables = inference_variables(state)
     data = feed.to_device(split.images, split.labels)
     run = parallel.compile_evaluation(functools.partial(eval_step, model=model))

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
+from quick import jit
 from tiny_data import NAMES, RICH, SIZES, STEPS, assert_same_run, complete, rows_of, tiny, words
 
 from cifar_jax import feed, inference, make_model, make_optimizer, parallel, resident, steps, train
@@ -105,7 +106,8 @@ def test_windows_and_epochs_are_the_means_of_a_loop_of_ones_own(complete, tiny):
     training, _ = feed.split_indices(keys["split"], len(data), recipe.validation_fraction)
     model = make_model(recipe.model, 10, lowering="lax")
     optimizer = make_optimizer(recipe, STEPS)
-    state = steps.create_state(model, optimizer, keys["state"], image_shape=(32, 32, 3), ema=True)
+    create = functools.partial(steps.create_state, model, optimizer, image_shape=(32, 32, 3))
+    state = jit(functools.partial(create, ema=True))(keys["state"])
     step = jax.jit(
         functools.partial(
             steps.train_step,

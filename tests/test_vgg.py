@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from quick import jit
 
 torch = pytest.importorskip("torch", reason="parity is checked against PyTorch")
 
@@ -27,8 +28,6 @@ from cifar_jax.torch_weights import from_torch, to_torch  # noqa: E402
 
 SMALL = tuple(layer if layer == "M" else max(layer // 64, 3) for layer in VGG16)
 HIDDEN = 24
-# Compiling is most of this file's time, and the arrays are tiny.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def small(**options):
