@@ -216,7 +216,7 @@ def test_chunks_and_saves_change_nothing(complete, tiny, tmp_path, monkeypatch, 
 
 
 def test_another_seed_is_another_run(complete, tiny, tmp_path):
-    run(tiny, tmp_path / "run", *RICH, "--seed", "43", "--epochs", "1")
+    run(tiny, tmp_path / "run", *RICH, "--seed", "43")
     rows, others = rows_of(tmp_path / "run", "window"), rows_of(complete, "window")
     assert all(a["loss"] != b["loss"] for a, b in zip(rows, others[: len(rows)], strict=True))
 
