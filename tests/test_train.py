@@ -9,14 +9,25 @@ import numpy as np
 import pytest
 from PIL import Image
 from quick import jit
-from tiny_data import NAMES, RICH, SIZES, STEPS, assert_same_run, complete, rows_of, tiny, words
+from tiny_data import (
+    NAMES,
+    RICH,
+    SIZES,
+    STEPS,
+    assert_same_run,
+    complete,
+    rows_of,
+    small,
+    tiny,
+    words,
+)
 
 from cifar_jax import feed, inference, make_model, make_optimizer, parallel, resident, steps, train
 from cifar_jax.datasets import load_dataset, shapes10
 from cifar_jax.errors import UserError
 from cifar_jax.workdir import read_config
 
-__all__ = ["complete", "tiny"]
+__all__ = ["complete", "small", "tiny"]
 
 
 def run(tiny, workdir, *arguments):
@@ -26,7 +37,9 @@ def run(tiny, workdir, *arguments):
     return train.main([*arguments, *common], say=lines.append), lines
 
 
-QUICK = words("--recipe adam --conv lax --devices 1 --batch-size 60 --epochs 1")
+QUICK = words("--recipe adam --model small --conv lax --devices 1 --batch-size 60 --epochs 1")
+
+pytestmark = pytest.mark.usefixtures("small")
 
 
 def test_what_a_run_says(complete):
@@ -223,7 +236,7 @@ def test_another_seed_is_another_run(complete, tiny, tmp_path):
 
 def test_without_validation_the_last_weights_are_tested(tiny, tmp_path):
     recipe = words(
-        "--recipe tutorial --conv lax --devices 1 --epochs 1 --batch-size 50 --log-every 0"
+        "--recipe tutorial --model small --devices 1 --epochs 1 --batch-size 50 --log-every 0"
     )
     summary, lines = run(tiny, tmp_path / "run", *recipe)
     assert (summary["training_images"], summary["validation_images"]) == (600, 0)
@@ -261,7 +274,7 @@ def test_divergence_stops_at_once_and_keeps_what_was_good(tiny, tmp_path):
 
 def test_a_loss_that_does_not_fall_brings_the_checklist(complete, tiny, tmp_path):
     assert "warning" not in (complete.parent / "said.txt").read_text()
-    _, lines = run(tiny, tmp_path / "run", *QUICK, "--learning-rate", "0")
+    _, lines = run(tiny, tmp_path / "run", *QUICK, *words("--model tutorial_cnn --learning-rate 0"))
     (at,) = [i for i, line in enumerate(lines) if line.startswith("warning: the loss stayed")]
     assert "2.303" in lines[at]
     checklist = "\n".join(lines[at + 1 : at + 6])
