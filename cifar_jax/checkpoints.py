@@ -225,6 +225,7 @@ class Checkpoints:
         )
         jax.block_until_ready(tree)  # a failed computation is no failed save
         folder = self._new_folder(int(step))
+        self._damaged.discard(folder)  # one of this name was deleted since
         import orbax.checkpoint  # noqa: F401 - before the logger: absl makes one of its own class
 
         for name in ("absl", "asyncio"):

@@ -110,6 +110,20 @@ def test_a_run_goes_on_past_a_damaged_checkpoint(tmp_path):
         assert len(os.listdir(tmp_path)) == 2  # the damaged folder is gone
 
 
+def test_a_step_saved_again_after_its_damaged_checkpoint_was_deleted_is_kept(tmp_path):
+    fill(tmp_path, 10, 20)
+    (tmp_path / "20" / "state" / "_METADATA").write_text("{}")
+    with Checkpoints(tmp_path, keep_latest=2) as c:
+        assert c.restore(make_state(0)).step == 10
+        c.save(15, make_state(15), metric=2.0, block=True)
+        assert not (tmp_path / "20").exists()
+        c.save(20, make_state(20), metric=0.01, block=True)
+        c.save(25, make_state(25), metric=1.0, block=True)
+        assert c.steps() == [20, 25]
+        assert c.best_step() == 20
+        assert_same(c.restore(make_state(0), which="best").state, make_state(20))
+
+
 def test_a_newer_format_is_not_guessed_at(tmp_path):
     fill(tmp_path, 1)
     path = tmp_path / "1" / manifests.MANIFEST
