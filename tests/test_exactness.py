@@ -11,10 +11,11 @@ import time
 
 import pytest
 from tiny_data import (
-    RICH,
+    RICH_SMALL,
     Launcher,
     assert_same_run,
     copy_run,
+    small,
     snapshot,
     tiny,
     words,
@@ -22,11 +23,12 @@ from tiny_data import (
 
 from cifar_jax import manifests
 
-__all__ = ["tiny"]
+__all__ = ["small", "tiny"]
+
+pytestmark = pytest.mark.usefixtures("small")
 
 # A save after every chunk, so that kills fall into and between saves within an epoch too.
-# The default convolutions: their steps are quicker than those of `lax`, and what users run.
-OFTEN = words("--save-minutes 1e-6 --no-plots --conv auto")
+OFTEN = words("--save-minutes 1e-6 --no-plots")
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +52,7 @@ def reference(launcher, tiny, tmp_path_factory):
 
 
 def command(tiny, workdir, *more):
-    return [*RICH, *OFTEN, "--data-dir", str(tiny), "--workdir", str(workdir), *more]
+    return [*RICH_SMALL, *OFTEN, "--data-dir", str(tiny), "--workdir", str(workdir), *more]
 
 
 # What a kill can wait for: each looks at a run directory and says whether the moment is there.
@@ -343,7 +345,7 @@ def test_a_full_disk_stops_the_run_and_space_lets_it_go_on(
     kept = manifests.latest_step(workdir / "checkpoints")
     free = shutil.disk_usage(small_disk).free
     ballast = small_disk / "ballast"
-    ballast.write_bytes(b"x" * (free - 100_000))
+    ballast.write_bytes(b"x" * (free - 50_000))
     code, said = launcher.run(command(tiny, workdir))
     assert code == 2, said
     *_, error = said.splitlines()

@@ -12,6 +12,7 @@ from quick import jit
 from tiny_data import (
     NAMES,
     RICH,
+    RICH_SMALL,
     SIZES,
     STEPS,
     assert_same_run,
@@ -200,12 +201,20 @@ def test_a_second_start_says_complete_and_changes_nothing(complete, tiny):
     assert before == {p: p.stat().st_mtime_ns for p in before}
 
 
-def test_the_streamed_feed_gives_the_same_run(complete, tiny, tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def rich(tiny, small, tmp_path_factory):
+    """The directory of a complete run of `RICH_SMALL`."""
+    workdir = tmp_path_factory.mktemp("rich") / "run"
+    run(tiny, workdir, *RICH_SMALL)
+    return workdir
+
+
+def test_the_streamed_feed_gives_the_same_run(rich, tiny, tmp_path, monkeypatch):
     """Chosen here by a device that is too small for the data; `--feed stream` asks for it."""
     monkeypatch.setattr(resident, "device_memory", lambda: 600 * 32 * 32 * 3)
-    _, lines = run(tiny, tmp_path / "run", *RICH)
+    _, lines = run(tiny, tmp_path / "run", *RICH_SMALL)
     assert any("streamed from the host" in line for line in lines)
-    assert_same_run(tmp_path / "run", complete)
+    assert_same_run(tmp_path / "run", rich)
 
 
 def test_a_data_set_too_large_for_a_device_gives_the_same_run(tiny, tmp_path, monkeypatch):
@@ -222,15 +231,15 @@ def test_a_data_set_too_large_for_a_device_gives_the_same_run(tiny, tmp_path, mo
 
 
 @pytest.mark.parametrize("length", [1, 5])
-def test_chunks_and_saves_change_nothing(complete, tiny, tmp_path, monkeypatch, length):
+def test_chunks_and_saves_change_nothing(rich, tiny, tmp_path, monkeypatch, length):
     monkeypatch.setattr(parallel.Chunks, "ran", lambda self, *_: setattr(self, "_length", length))
-    run(tiny, tmp_path / "run", *RICH, "--save-minutes", "1e-5" if length == 5 else "1e9")
-    assert_same_run(tmp_path / "run", complete)
+    run(tiny, tmp_path / "run", *RICH_SMALL, "--save-minutes", "1e-5" if length == 5 else "1e9")
+    assert_same_run(tmp_path / "run", rich)
 
 
-def test_another_seed_is_another_run(complete, tiny, tmp_path):
-    run(tiny, tmp_path / "run", *RICH, "--seed", "43")
-    rows, others = rows_of(tmp_path / "run", "window"), rows_of(complete, "window")
+def test_another_seed_is_another_run(rich, tiny, tmp_path):
+    run(tiny, tmp_path / "run", *RICH_SMALL, "--seed", "43")
+    rows, others = rows_of(tmp_path / "run", "window"), rows_of(rich, "window")
     assert all(a["loss"] != b["loss"] for a, b in zip(rows, others[: len(rows)], strict=True))
 
 
