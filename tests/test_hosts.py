@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -64,7 +65,11 @@ class Processes:
             for process in self.running:
                 process.kill()
         texts = [output.read_text() for output in self.outputs]
-        keep = [[line for line in t.splitlines() if "[Gloo]" not in line] for t in texts]
+        # Gloo's threads write "[Gloo] Rank 0 is connected to ..." over each other.
+        keep = [
+            [line for line in t.splitlines() if not re.search(r"\[Gloo\]|peer ranks", line)]
+            for t in texts
+        ]
         return status, keep
 
 
