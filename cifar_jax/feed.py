@@ -61,10 +61,14 @@ def epoch_order(key: jax.Array, epoch: int, positions: np.ndarray, batch_size: i
     return batches(positions[shuffle], batch_size)
 
 
+def on_host(images: np.ndarray, labels: np.ndarray) -> dict[str, np.ndarray]:
+    """Returns the whole split: `image` uint8 [N, H, W, C], `label` int32 [N]."""
+    return {"image": np.ascontiguousarray(images), "label": np.asarray(labels, np.int32)}
+
+
 def to_device(images: np.ndarray, labels: np.ndarray, sharding=None) -> dict[str, jax.Array]:
-    """Returns the whole split on the device: `image` uint8 [N, H, W, C], `label` int32 [N]."""
-    data = {"image": np.ascontiguousarray(images), "label": np.asarray(labels, np.int32)}
-    return jax.device_put(data, sharding)
+    """Returns `on_host`'s arrays on the device."""
+    return jax.device_put(on_host(images, labels), sharding)
 
 
 def take_batch(data: dict[str, jax.Array], row: jax.Array) -> dict[str, jax.Array]:

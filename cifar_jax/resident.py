@@ -114,11 +114,11 @@ def spread(tree: Any, mesh: Mesh | None) -> Any:
     return jax.tree.map(put, tree)
 
 
-def put_whole(tree: Any, mesh: Mesh) -> Any:
-    """Returns arrays on every device of the mesh."""
-    if mesh.is_multi_process:
+def put_whole(tree: Any, mesh: Mesh | None) -> Any:
+    """Returns arrays on every device of the mesh, on the default device where there is none."""
+    if mesh is not None and mesh.is_multi_process:
         return spread(tree, mesh)
-    return jax.device_put(tree, NamedSharding(mesh, P()))
+    return jax.device_put(tree, None if mesh is None else NamedSharding(mesh, P()))
 
 
 def held(data: dict[str, jax.Array], order: Any) -> str:

@@ -155,11 +155,8 @@ def _resident(run: Run) -> dict[str, jax.Array] | None:
     with run.clock("data"):
         if run.place == "split":
             return resident.put_split(split.images, split.labels, run.mesh)
-        if run.place == "resident" and together.several():
-            data = {"image": split.images, "label": np.asarray(split.labels, np.int32)}
-            return resident.spread(data, run.mesh)
         if run.place == "resident":
-            return feed.to_device(split.images, split.labels, parallel.everywhere(run.mesh))
+            return resident.put_whole(feed.on_host(split.images, split.labels), run.mesh)
         # Validation reads its own images only; positions are then 0, 1, 2 ...
         images, labels = split.images[run.validation], split.labels[run.validation]
         if together.several():
@@ -217,8 +214,7 @@ class _Loop:
         """Yields (length, data, order, its first row) until the epoch's end."""
         run = self.run
         if run.place != "stream":
-            order = order if together.several() else jax.device_put(order)
-            order = resident.spread(order, run.mesh)
+            order = resident.put_whole(order, run.mesh)
             while start < len(order):
                 length = int(together.numbers(self.chunks.next(len(order) - start))[0, 0])
                 yield length, self.data, order, start
