@@ -20,8 +20,15 @@ from pathlib import Path
 from benchmarks import results
 from benchmarks.cases import parse
 from benchmarks.statistics import paired_ratio, spread
-from benchmarks.throughput import prepare, rate, ratio, speed
-from benchmarks.worker import Worker, add_options
+from benchmarks.throughput import (
+    add_timing_options,
+    check_timing,
+    prepare,
+    ratio,
+    speed,
+    take_turns,
+)
+from benchmarks.worker import Worker
 from cifar_jax.errors import UserError, nearest, run_command
 
 SINGLE = ("ours", "eager")
@@ -39,11 +46,7 @@ def measure(workers: list[Worker], request: dict, rounds: int, precision: str) -
       UserError: the first side did not run.
     """
     sides, not_run, running = prepare(workers, request, precision)
-    rates = {worker.side: [] for worker in running}
-    for number in range(rounds):
-        turn = number % len(running)
-        for worker in running[turn:] + running[:turn]:
-            rates[worker.side].append(rate(worker))
+    rates = take_turns(running, rounds)
     for name, side in sides.items():
         side["rates"] = rates[name]
         side["images_per_second"] = spread(rates[name])
@@ -127,16 +130,11 @@ def main() -> None:
     parser.add_argument("--case", default="tutorial:4", help="RECIPE:BATCH")
     parser.add_argument("--replicas", default="1,4,16,64,256", help="how many, by commas")
     parser.add_argument("--forms", default=",".join(FORMS), help=", ".join(FORMS))
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--seconds", type=float, default=1.0, help="length of a window")
-    add_options(parser)
-    parser.add_argument("--out", type=Path, help="result file (JSON), written after each row")
-    results.add_show(parser)
+    add_timing_options(parser, "row")
     args = parser.parse_args()
     if results.shown(args, table):
         return
-    if args.rounds < 1 or args.seconds <= 0 or args.threads < 0:
-        raise UserError("--rounds must be at least 1, --seconds above 0, --threads 0 or more")
+    check_timing(args)
     forms, counts = args.forms.split(","), args.replicas.split(",")
     for form in forms:
         if form not in FORMS:

@@ -75,11 +75,7 @@ def measure(
     rates = screen(running, ours, sides)
     kept = [worker for worker in running if not sides[worker.side]["screened"]]
     if rounds:
-        rates = {worker.side: [] for worker in kept}
-    for number in range(rounds):
-        turn = number % len(kept)
-        for worker in kept[turn:] + kept[:turn]:
-            rates[worker.side].append(rate(worker))
+        rates = take_turns(kept, rounds)
     for name, values in rates.items():
         sides[name]["rates"] = values
     for worker in running:
@@ -128,6 +124,16 @@ def rate(worker: Worker) -> float:
     """One window's images/s."""
     window = worker.ask(do="window")
     return window["images"] / window["seconds"]
+
+
+def take_turns(running: list[Worker], rounds: int) -> dict[str, list[float]]:
+    """Returns images/s of every round by side; in each another side is the first."""
+    rates = {worker.side: [] for worker in running}
+    for number in range(rounds):
+        turn = number % len(running)
+        for worker in running[turn:] + running[:turn]:
+            rates[worker.side].append(rate(worker))
+    return rates
 
 
 def screen(running: list[Worker], ours: list[Worker], sides: dict) -> dict[str, list[float]]:
@@ -210,6 +216,21 @@ def ratio(found: dict | None) -> str:
     return f"{found['ratio']:.2f} ({found['low']:.2f}-{found['high']:.2f})" if found else ""
 
 
+def add_timing_options(parser: argparse.ArgumentParser, part: str) -> None:
+    """Adds how long to time, on what, and where the result goes, written after each `part`."""
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--seconds", type=float, default=1.0, help="length of a window")
+    add_options(parser)
+    parser.add_argument("--out", type=Path, help=f"result file (JSON), written after each {part}")
+    results.add_show(parser)
+
+
+def check_timing(args: argparse.Namespace) -> None:
+    """Raises `UserError` for a number that cannot be timed with."""
+    if args.rounds < 1 or args.seconds <= 0 or args.threads < 0:
+        raise UserError("--rounds must be at least 1, --seconds above 0, --threads 0 or more")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -218,16 +239,11 @@ def main() -> None:
     parser.add_argument("--cases", default="table", help=f"{names}, or KIND/RECIPE:BATCH,...")
     parser.add_argument("--peers", default="", help="PyTorch peers, by commas; empty: all")
     parser.add_argument("--ours", default="ours", help="our sides, e.g. ours,ours-lax,ours-step")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--seconds", type=float, default=1.0, help="length of a window")
-    add_options(parser)
-    parser.add_argument("--out", type=Path, help="result file (JSON), written after each case")
-    results.add_show(parser)
+    add_timing_options(parser, "case")
     args = parser.parse_args()
     if results.shown(args, table):
         return
-    if args.rounds < 1 or args.seconds <= 0 or args.threads < 0:
-        raise UserError("--rounds must be at least 1, --seconds above 0, --threads 0 or more")
+    check_timing(args)
     result = benchmark(args)
     print(table(result))
 
