@@ -148,8 +148,7 @@ class Group:
         """
         with self.run.clock("data"):
             split = self.run.dataset.splits["train"]
-            data = {"image": np.asarray(split.images), "label": np.asarray(split.labels, np.int32)}
-            self.data = replicas.to_all(data, self.mesh)
+            self.data = replicas.to_all(feed.on_host(split.images, split.labels), self.mesh)
         position = self._begin()
         while position.epoch <= self.recipe.epochs and position.alive().any():
             position = self._epoch(position)

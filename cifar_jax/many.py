@@ -145,8 +145,9 @@ def train_groups(
             bar.skip(recipe.epochs * len(members[0].training) * len(group))
             found.append(_read(folder / DONE))
             continue
-        if stop() and found:
-            raise Interrupted(stop(), recipe.epochs * members[0].steps_per_epoch)
+        signal = stop()
+        if signal and found:
+            raise Interrupted(signal, recipe.epochs * members[0].steps_per_epoch)
         if size < len(members):
             runs = f"{len(group)} run{'s' if len(group) > 1 else ''}"
             say(f"Group {number + 1} of {-(-len(members) // size)}: {runs}")
@@ -243,9 +244,10 @@ def _finish(
         }
     )
     if run.options.plots:
+        percent = [100 * member["test_accuracy"] for member in summary["runs"]]
         spreads.histogram(
-            [100 * member["test_accuracy"] for member in summary["runs"]],
-            spreads.spread([100 * member["test_accuracy"] for member in summary["runs"]]),
+            percent,
+            spreads.spread(percent),
             workdir / "plots" / "test_accuracy.png",
             heading=f"{run.config.recipe_name}: test accuracy of {len(folders)} runs",
             value_name="test accuracy, %",

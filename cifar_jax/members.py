@@ -85,7 +85,7 @@ def test_group(training: Group, at: Position) -> tuple[dict, np.ndarray, dict[in
     variables = steps.inference_variables(state)
     count = jax.tree.leaves(variables)[0].shape[0]
     orders = replicas.split_evenly(np.broadcast_to(order, (count, *order.shape)), mesh)
-    data = {"image": np.asarray(split.images), "label": np.asarray(split.labels, np.int32)}
+    data = feed.on_host(split.images, split.labels)
     with run.clock("test"):
         sums = training.programs.evaluate((variables, orders), replicas.to_all(data, mesh))
         images = replicas.to_all(data["image"][np.maximum(order, 0)], mesh)

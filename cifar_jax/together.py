@@ -126,15 +126,11 @@ def share(tree: Any) -> Any:
     from jax.experimental import multihost_utils
 
     leaves, treedef = jax.tree.flatten(tree)
-    is_key = [jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) for leaf in leaves]
-    plain = [
-        np.asarray(jax.random.key_data(leaf) if key else leaf)
-        for leaf, key in zip(leaves, is_key, strict=True)
-    ]
+    plain = [np.asarray(jax.random.key_data(x) if _is_key(x) else x) for x in leaves]
     got = multihost_utils.broadcast_one_to_all(plain)
     back = [
-        jax.random.wrap_key_data(value, impl=jax.random.key_impl(leaf)) if key else value
-        for value, leaf, key in zip(got, leaves, is_key, strict=True)
+        jax.random.wrap_key_data(value, impl=jax.random.key_impl(x)) if _is_key(x) else value
+        for value, x in zip(got, leaves, strict=True)
     ]
     return jax.tree.unflatten(treedef, back)
 
