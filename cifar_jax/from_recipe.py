@@ -55,7 +55,7 @@ def step_of(
     """Returns `step(state, batch) -> (state, sums)`: `steps.train_step` of this recipe, with
     `numbers` in place of its own `TRACED` ones (see `optimizers.make_optimizer`)."""
     given = dict(numbers or {})
-    return functools.partial(
+    step = functools.partial(
         steps.train_step,
         model=model,
         optimizer=optimizers.make_optimizer(recipe, steps_per_epoch, given),
@@ -63,8 +63,15 @@ def step_of(
         label_smoothing=given.get("label_smoothing", recipe.label_smoothing),
         ema_decay=given.get("ema_decay", recipe.ema_decay),
         freeze=recipe.freeze,
-        accumulate=recipe.accumulate,
     )
+
+    def in_pieces(state, batch, **options):
+        parts = recipe.accumulate
+        if parts == 1:
+            parts = parallel.pieces(batch["label"].shape[0], state)
+        return step(state, batch, accumulate=parts, **options)
+
+    return in_pieces
 
 
 def swept_step_of(recipe: Recipe, model: nn.Module, steps_per_epoch: int) -> Callable:

@@ -11,7 +11,7 @@ import pytest
 from quick import jit
 from tiny_data import tiny, words
 
-from cifar_jax import augment, evaluate, feed, from_recipe, inference, layer_groups, train
+from cifar_jax import augment, evaluate, feed, from_recipe, inference, layer_groups, parallel, train
 from cifar_jax.errors import UserError
 from cifar_jax.models.layers import Dense, Dropout, Flatten
 from cifar_jax.optimizers import make_optimizer
@@ -255,6 +255,21 @@ def test_a_batch_in_parts_is_the_same_step():
         other, other_sums = run_steps(recipe.replace(accumulate=3), mask=mask)
         assert_close(other_sums, sums, rtol=1e-5)
         assert_close(other.params, whole.params, rtol=1e-4, atol=1e-5)
+
+
+def test_a_cpu_cuts_large_batches_of_small_networks_by_itself():
+    """Two pieces, a step's same result; never where normalisation would see half a batch."""
+    recipe, large = Recipe(learning_rate=0.1, batch_size=65), batch_of(65)
+    state, step = programs(recipe, Tiny())
+    plain = functools.partial(train_step, model=Tiny(), optimizer=make_optimizer(recipe, 4))
+    for size, loops in ((63, False), (65, True)):
+        batch = {name: x[:size] for name, x in large.items()}
+        new, sums = step(state, batch)
+        assert_close(sums, jit(plain)(state, batch)[1], rtol=1e-5)
+        assert_close(new.params, jit(plain)(state, batch)[0].params, rtol=1e-4, atol=1e-5)
+        uncompiled = from_recipe.step_of(recipe, Tiny(), 4)
+        assert ("scan[" in str(jax.make_jaxpr(uncompiled)(state, batch))) == loops
+    assert parallel.pieces(65, programs(recipe, Normalised())[0]) == 1
 
 
 def test_parts_normalise_by_themselves_in_order():
