@@ -14,6 +14,7 @@ Winograd's form does fewer multiplications than the plain convolution, so a step
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 import tempfile
 import time
@@ -132,16 +133,22 @@ def draw(result: dict, path: Path) -> None:
     with plots.drawing(path, 6.5, 4) as figure:
         axes = figure.subplots()
         axes.loglog(intensity, roof, color=plots.INK, label="measured roof")
+        palette = (plots.BLUE, plots.ORANGE, plots.GREEN, plots.RED, plots.INK, plots.QUIET)
+        colors = dict(
+            zip((row["case"] for row in result["cases"]), itertools.cycle(palette), strict=False)
+        )
         for row in result["cases"]:
             x, y = row["flops"] / row["bytes"], row["achieved_flops"] / 1e9
-            axes.plot(x, y, "o", color=plots.BLUE)
-            axes.annotate(row["case"].removeprefix("train/"), (x, y), xytext=(6, -3),
-                          textcoords="offset points", fontsize=8)  # fmt: skip
+            name, batch = row["case"].removeprefix("train/").split(":")
+            color = colors[row["case"]]
+            axes.plot(x, y, "o", color=color, label=f"{name}, batch {batch}: {y:.0f} GFLOP/s")
+        for axis in (axes.xaxis, axes.yaxis):  # the style draws no mathematics, which 10^2 would be
+            axis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.set_xlabel("FLOPs a byte moved")
         axes.set_ylabel("GFLOP/s of the plain network")
         axes.set_title("Training steps under this machine's roof")
         axes.grid(which="major")
-        axes.legend(loc="lower right")
+        axes.legend(loc="lower right", fontsize=8.5)
 
 
 def main() -> None:
@@ -159,15 +166,15 @@ def main() -> None:
     if any(case.kind != "train" for case in cases) or args.windows < 1 or args.seconds <= 0:
         raise UserError("--cases are training cases; --windows at least 1, --seconds above 0")
 
-    from cifar_jax import parallel
+    from cifar_jax import hardware, parallel
     from cifar_jax.datasets import load_dataset
 
-    parallel.select_platform(args.device)
+    hardware.select_platform(args.device)
     parallel.enable_compilation_cache()
     dataset = load_dataset("cifar10", data_dir=args.data_dir)
     rates = machine_rates()
     head = results.header()
-    head["machine"]["device"] = parallel.describe_device()
+    head["machine"]["device"] = hardware.describe_device()
     result = {
         **head,
         "rates": rates,

@@ -103,7 +103,7 @@ class Ours(Side):
         """Builds the case and writes the initial weights to `weights` (.npz)."""
         import jax
 
-        from cifar_jax import feed, parallel, steps
+        from cifar_jax import feed, hardware, parallel, steps
         from cifar_jax.clock import Clock, compile_seconds
         from cifar_jax.run import Options, make_run
         from cifar_jax.workdir import Config, describe_data
@@ -123,7 +123,7 @@ class Ours(Side):
         np.savez(weights, **flat)
         start = time.perf_counter()
         split = dataset.splits["train" if case.kind == "train" else "test"]
-        where = parallel.everywhere(run.mesh) if case.kind == "train" else None
+        where = hardware.everywhere(run.mesh) if case.kind == "train" else None
         self.data = jax.block_until_ready(feed.to_device(split.images, split.labels, where))
         data_seconds = time.perf_counter() - start
         if case.kind == "train":

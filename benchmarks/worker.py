@@ -165,9 +165,9 @@ def main() -> None:
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])
         os.environ["OMP_NUM_THREADS"] = str(args.threads)
     if is_ours(args.side):
-        from cifar_jax import parallel
+        from cifar_jax import hardware, parallel
 
-        parallel.select_platform(args.device)
+        hardware.select_platform(args.device)
         parallel.enable_compilation_cache()
 
     from benchmarks.cases import parse

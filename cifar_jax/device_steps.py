@@ -26,7 +26,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from cifar_jax import steps
-from cifar_jax.parallel import AXIS, everywhere, mesh_over
+from cifar_jax.hardware import AXIS, everywhere, mesh_over
 
 
 def pad_batch(batch: steps.Batch, parts: int) -> steps.Batch:

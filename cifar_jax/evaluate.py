@@ -26,7 +26,7 @@ def make_parser() -> cli.Parser:
 def main(arguments: Sequence[str] | None = None, say=print) -> dict:
     """Parses, evaluates, prints. Returns the results. Raises `UserError`."""
     options = make_parser().parse(arguments)
-    from cifar_jax import inference, parallel, records, report
+    from cifar_jax import hardware, inference, records, report
 
     cli.start_device(options)
     trained = inference.load(
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None, say=print) -> dict:
             "step": trained.step,
             "dataset": dataset.source,
             "split": options.split,
-            "device": parallel.describe_device(),
+            "device": hardware.describe_device(),
             **found,
         }
     )
@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None, say=print) -> dict:
     for line in trained.notices:
         say(f"warning: {line}")
     say(f"{trained.config.recipe.model} after step {trained.step}, from {trained.directory}")
-    say(f"{options.split} split of {dataset.source}, on {parallel.describe_device()}")
+    say(f"{options.split} split of {dataset.source}, on {hardware.describe_device()}")
     say(report.results_lines(result, split=options.split.capitalize()))
     return result
 

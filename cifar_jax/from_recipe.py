@@ -75,10 +75,12 @@ def step_of(
 
 
 def swept_step_of(recipe: Recipe, model: nn.Module, steps_per_epoch: int) -> Callable:
-    """Returns `step(state, batch, **numbers)`: `step_of` with the numbers it is called with."""
+    """Returns `step(state, batch, axis_name=None, **numbers)`: `step_of` with the numbers it is
+    called with."""
 
-    def step(state, batch, **numbers):
-        return step_of(recipe, model, steps_per_epoch, numbers)(state, batch)
+    def step(state, batch, axis_name=None, **numbers):
+        swept = step_of(recipe, model, steps_per_epoch, numbers)
+        return swept(state, batch, axis_name=axis_name)
 
     return step
 

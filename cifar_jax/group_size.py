@@ -67,7 +67,9 @@ def _cgroup() -> int | None:
         return None
 
 
-def group_size(run: Run, form: str, devices: int, available: int | None) -> tuple[int, int]:
+def group_size(
+    run: Run, form: str, devices: int, available: int | None, shares: int = 1
+) -> tuple[int, int]:
     """Returns how many runs are trained together, at least one a device, and the bytes of one.
 
     Args:
@@ -76,14 +78,15 @@ def group_size(run: Run, form: str, devices: int, available: int | None) -> tupl
         once a device.
       devices: over how many the runs are split; each holds the data set (on a CPU too).
       available: bytes in all, None for no limit.
+      shares: devices that share a run's batches; they hold its state each.
     """
     state, activations = STATES * state_bytes(run), activation_bytes(run)
     order = 4 * (len(run.training) + 3 * run.steps_per_epoch)
-    one = state + order + (activations if form == "vmap" else 0)
+    one = shares * (state + order) + (activations if form == "vmap" else 0)
     if available is None:
         return 2**31 - 1, one
     split = run.dataset.splits["train"]
-    data = devices * math.prod(split.images.shape)
+    data = devices * shares * math.prod(split.images.shape)
     rest = SHARE * available - data - (activations * devices if form == "map" else 0)
     fitting = int(max(rest, 0) // one)
     return max(fitting - fitting % devices, devices), one

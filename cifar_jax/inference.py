@@ -17,6 +17,7 @@ from cifar_jax import (
     checkpoints,
     feed,
     from_recipe,
+    hardware,
     layer_groups,
     optimizers,
     parallel,
@@ -200,9 +201,9 @@ def programs(
     trained: Trained, devices: str = "1", batch_size: int = 1
 ) -> tuple[Callable, Callable]:
     """Returns the compiled (evaluate, predict) of a trained model; `devices` as in
-    `parallel.choose_devices`, for batches of that size."""
+    `hardware.choose_devices`, for batches of that size."""
     weights = steps.parameter_count(trained.variables["params"])
-    mesh = parallel.data_mesh(parallel.choose_devices(devices, batch_size, weights))
+    mesh = hardware.data_mesh(hardware.choose_devices(devices, batch_size, weights))
     parts = {"model": trained.model, "preprocess": trained.preprocess}
     return (
         parallel.compile_evaluation(functools.partial(steps.eval_step, **parts), mesh),

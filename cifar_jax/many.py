@@ -55,20 +55,21 @@ def make_plan(
     if run.place != "resident":
         raise UserError("many runs at once need a data set that fits on every device; this is not")
     form = replicas.choose_form(asked_form)
-    mesh = replicas.replica_mesh(asked_devices, count)
+    mesh = replicas.replica_mesh(asked_devices, count, run.config.recipe.batch_size, run.parameters)
     available = group_size.available_bytes()
-    fitting, size = group_size.group_size(run, form, mesh.size, available)
+    rows, columns = mesh.devices.shape
+    fitting, size = group_size.group_size(run, form, rows, available, columns)
     fitting = min(asked_size or fitting, count)
     return Plan(make_programs(run, form, mesh, step), fitting, size, available)
 
 
 def opening_lines(run: Run, plan: Plan) -> list[str]:
     """Returns what is said of the replicas before training."""
-    seeds, form, devices = run.config.seeds, plan.programs.form, plan.programs.mesh.size
+    seeds, form = run.config.seeds, plan.programs.form
     how = {"map": "one after another on each", "vmap": "together in every step"}[form]
     lines = [
-        f"Replicas   {len(seeds)} runs, seeds {show_seeds(seeds)}, on {devices} "
-        f"device{'s' if devices > 1 else ''}, form {form} ({how})"
+        f"Replicas   {len(seeds)} runs, seeds {show_seeds(seeds)}, "
+        f"{replicas.describe_mesh(plan.programs.mesh)}, form {form} ({how})"
     ]
     groups = -(-len(seeds) // plan.size)
     if groups > 1:
@@ -233,6 +234,7 @@ def _finish(
             "lowering": run.options.lowering,
             "form": plan.programs.form,
             "devices": plan.programs.mesh.size,
+            "devices_sharing_a_batch": replicas.sharing_a_batch(plan.programs.mesh),
             "group_size": min(_group_size(plan.size, workdir), len(members)),
             **found,
             "diverged": [{"seed": seed, "step": step} for seed, step in sorted(diverged.items())],

@@ -47,7 +47,11 @@ def write_members(training: Group, at: Position, workdir: Path) -> dict[int, int
             found, probabilities = inference.split_results(own, logits[i], names, size)
             log.append("test", **found)
         np.save(folder / "probabilities.npy", probabilities)
-        trained = _trained(member, at.best_rows[i]) | {"runs_trained_together": len(members)}
+        together = {
+            "runs_trained_together": len(members),
+            "devices_sharing_a_batch": replicas.sharing_a_batch(training.mesh),
+        }
+        trained = _trained(member, at.best_rows[i]) | together
         summary = finish.summarize(member, trained, found)
         write_json(folder / "summary.json", records.to_json(summary))
     return {members[i].config.seed: step for i, step in lost.items()}

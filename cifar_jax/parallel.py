@@ -1,4 +1,4 @@
-"""Where steps become programs: jit, devices and shardings, and nothing else.
+"""Where steps become programs: jit and shardings over devices, and nothing else.
 
 A training program runs many steps of an epoch in one dispatch and writes each step's sums to a
 record that stays on the device until it is asked for.
@@ -6,137 +6,34 @@ record that stays on the device until it is asked for.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from cifar_jax import resident
-from cifar_jax.errors import UserError, nearest
 from cifar_jax.feed import take_batch
-from cifar_jax.records import usable_cores
+from cifar_jax.hardware import AXIS, CPU_DEVICE_WEIGHTS, everywhere
 from cifar_jax.steps import parameter_count
 
-DEVICES = ("auto", "cpu", "gpu", "tpu")
 RECORD_FIELDS = ("loss", "correct", "count")
-AXIS = "data"
-# A CPU device gets at least so many images of a batch. Two AVX-512 cores, training images/s on one
-# device and on two with half the batch each: dropout b20 2,390 and 2,781, deep b16 1,068 and
-# 1,382, adam b128 9,984 and 12,608, dropout b128 2,369 and 3,618.
-CPU_DEVICE_IMAGES = 8
-# With more weights than this their own traffic costs more than sharing saves: vgg16 b128 trains
-# 94 images/s on one device and 58 on two.
-CPU_DEVICE_WEIGHTS = 4_000_000
-# A GPU or TPU gets at least so many images of a batch. A rule, not a measurement: batches of 128
-# are shared by up to 8 devices, the tutorial's batches of 4 stay on one (docs/scaling.md).
-ACCELERATOR_DEVICE_IMAGES = 16
 
 
-def select_platform(name: str) -> str:
-    """Makes JAX use the named platform and returns the one in use: `cpu`, `gpu` or `tpu`.
-
-    Call it before anything runs on a device. `auto` takes JAX's choice. A CPU becomes as many
-    devices as the process has cores; what runs on one of them still uses all cores.
-
-    Raises:
-      UserError: unknown name, or no such device here.
-    """
-    if name not in DEVICES:
-        raise UserError(f"unknown device {name!r}; {nearest(name, DEVICES)}")
-    with contextlib.suppress(RuntimeError):  # devices are in use already, and stay as they are
-        if jax.config.jax_num_cpu_devices < 1 and "--xla_force_host" not in _user_flags():
-            jax.config.update("jax_num_cpu_devices", usable_cores())
-    before = jax.config.jax_platforms
-    if name != "auto":
-        jax.config.update("jax_platforms", {"gpu": "cuda,rocm"}.get(name, name))
-    try:
-        found = jax.default_backend()
-    except RuntimeError as error:
-        if name == "auto":
-            raise UserError(f"JAX finds no usable device: {error}") from None
-        found = None
-    found = {"cuda": "gpu", "rocm": "gpu"}.get(found, found)
-    # A process that has used a device already keeps it, whatever is asked for later.
-    if name not in ("auto", found):
-        jax.config.update("jax_platforms", before)
-        extra = {"gpu": "; install .[cuda12] or .[cuda13] and check the driver with nvidia-smi"}
-        raise UserError(f"--device {name}: JAX finds no such device{extra.get(name, '')}")
-    return found
-
-
-def _user_flags() -> str:
-    return os.environ.get("XLA_FLAGS", "")
-
-
-def describe_device() -> str:
-    """Returns e.g. `2 x NVIDIA H200 (gpu)`: what JAX computes on."""
-    device = jax.devices()[0]
-    return f"{jax.device_count()} x {device.device_kind} ({device.platform})"
-
-
-def choose_devices(asked: str, batch_size: int, weights: int) -> int:
-    """Returns how many local devices share a batch.
-
-    Args:
-      asked: `auto`, `all` or a number; of several processes, that in each. `auto` is as many
-        devices as there are with at least `ACCELERATOR_DEVICE_IMAGES` images of the batch each; on
-        a CPU `CPU_DEVICE_IMAGES`, which run one batch faster than one device does, unless the
-        model has more than `CPU_DEVICE_WEIGHTS`.
-      batch_size: images in a batch.
-      weights: numbers in the model's parameters.
-
-    Raises:
-      UserError: not one of these, or more devices than there are.
-    """
-    here = jax.local_device_count()
-    if asked == "auto":
-        images = batch_size // jax.process_count()
-        if jax.default_backend() != "cpu":
-            return max(1, min(here, images // ACCELERATOR_DEVICE_IMAGES))
-        if weights > CPU_DEVICE_WEIGHTS:
-            return 1
-        return max(1, min(here, images // CPU_DEVICE_IMAGES))
-    if asked == "all":
-        return here
-    if not asked.isdecimal() or int(asked) < 1:
-        raise UserError(f"--devices must be auto, all or a number from 1, got {asked!r}")
-    if int(asked) > here:
-        raise UserError(f"--devices {asked}: there are {here} here ({describe_device()})")
-    return int(asked)
-
-
-def data_mesh(devices: int) -> Mesh | None:
-    """Returns a mesh that splits batches over so many devices of each process, process after
-    process; None for one device in all."""
-    processes = range(jax.process_count())
-    chosen = [d for process in processes for d in jax.local_devices(process)[:devices]]
-    return None if len(chosen) == 1 else mesh_over(chosen)
-
-
-def mesh_over(devices: Sequence[jax.Device]) -> Mesh:
-    """Returns a mesh of these devices, in this order, with the one axis `AXIS`."""
-    return Mesh(np.array(devices), (AXIS,), axis_types=(AxisType.Auto,))
-
-
-def everywhere(mesh: Mesh | None) -> NamedSharding | None:
-    """Returns the sharding of what every device of the mesh holds whole, None for one device."""
-    return None if mesh is None else NamedSharding(mesh, P())
-
-
-def _share(x: jax.Array, devices: int, fill: int) -> jax.Array:
-    """Pads the second axis, a batch, so that it divides among the devices."""
-    missing = -x.shape[1] % devices
+def pad_to_divide(x: jax.Array, devices: int, fill: int, axis: int = 1) -> jax.Array:
+    """Pads an axis, a batch, with `fill` so that it divides among the devices."""
+    missing = -x.shape[axis] % devices
     if not missing:
         return x
-    return jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2), constant_values=fill)
+    padding = [(0, 0)] * x.ndim
+    padding[axis] = (0, missing)
+    return jnp.pad(x, padding, constant_values=fill)
 
 
 def enable_compilation_cache() -> str:
@@ -292,9 +189,9 @@ def compile_training(
 
     Args:
       step: takes `axis_name` if there is a mesh.
-      mesh: from `data_mesh`; each device then computes its part of every batch, and a batch that
-        does not divide is padded and masked. Results differ in the order of sums only. `data` may
-        then also be from `resident.put_split` or `put_own`.
+      mesh: from `hardware.data_mesh`; each device then computes its part of every batch, and a
+        batch that does not divide is padded and masked. Results differ in the order of sums only.
+        `data` may then also be from `resident.put_split` or `put_own`.
     """
     if static_length is None:
         static_length = jax.default_backend() != "cpu"
@@ -314,7 +211,7 @@ def compile_training(
             in_specs=(P(), P(), _HELD[held], P(None, AXIS), *[P()] * len(scalars)),
             out_specs=(P(), P()),
         )
-        return mapped(state, record, data, _share(order, mesh.size, -1), *scalars)
+        return mapped(state, record, data, pad_to_divide(order, mesh.size, -1), *scalars)
 
     options = {"compiler_options": compiler_options(remat), "static_argnames": static}
     jitted = jax.jit(run, donate_argnums=(0, 1), **options)
@@ -347,7 +244,7 @@ def compile_evaluation(step: Callable, mesh: Mesh | None = None) -> Callable:
         # The scan's zeros are equal on every device, its sums are not: no check of that.
         mapped = functools.partial(part, **_take(held))
         mapped = jax.shard_map(mapped, mesh=mesh, check_vma=False, **specs)
-        return mapped(variables, data, _share(order, mesh.size, -1))
+        return mapped(variables, data, pad_to_divide(order, mesh.size, -1))
 
     options = {"compiler_options": compiler_options(), "static_argnames": ("held",)}
     jitted = jax.jit(run, **options)
@@ -368,7 +265,7 @@ def compile_prediction(step: Callable, mesh: Mesh | None = None) -> Callable:
             return predict_many(step, variables, images)
         specs = {"in_specs": (P(), P(None, AXIS)), "out_specs": P(None, AXIS)}
         split = jax.shard_map(functools.partial(predict_many, step), mesh=mesh, **specs)
-        return split(variables, _share(images, mesh.size, 0))[:, : images.shape[1]]
+        return split(variables, pad_to_divide(images, mesh.size, 0))[:, : images.shape[1]]
 
     # Each process reads all logits, and computes only a part of them.
     whole = everywhere(mesh) if mesh is not None and mesh.is_multi_process else None

@@ -8,6 +8,9 @@ The axis is split over devices, and within a device it takes one of two forms:
   run is. The choice on a CPU, where the devices are what runs at the same time.
 - `vmap`: all replicas in every step, as batched matrix products. The choice on GPU and TPU.
 
+Where there are more devices than replicas, several share each replica's batches, as in
+`parallel.py`: the mesh has the two axes `AXIS`, over replicas, and `parallel.AXIS`, over a batch.
+
 A replica whose loss is not finite has taken its last step: its state changes no more, and no other
 replica sees anything of it.
 """
@@ -25,7 +28,7 @@ from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from cifar_jax import parallel
+from cifar_jax import hardware, parallel
 from cifar_jax.errors import UserError, nearest
 
 AXIS = "replica"
@@ -57,16 +60,41 @@ def choose_lowering(form: str, asked: str) -> str:
     return "gemm" if form == "vmap" and asked == "auto" else asked
 
 
-def replica_mesh(asked: str, replicas: int) -> Mesh:
-    """Returns the devices over which replicas are split: all local ones, or as many as `asked`
-    says (`auto`, `all` or a number), but never more than there are replicas.
+def replica_mesh(asked: str, replicas: int, batch_size: int = 1, weights: int = 0) -> Mesh:
+    """Returns the devices the replicas are split over, and those that share a replica's batches.
+
+    Args:
+      asked: `all` local devices, a number of them, or `auto`: all, but no more to share a batch
+        than `hardware.choose_devices` gives one run.
+      replicas: how many; each device along their axis gets at least one.
+      batch_size, weights: of a replica, for `auto`.
+
+    Returns:
+      A mesh [devices over replicas, devices over a batch]. Devices that are left over where the
+      first does not divide them stay idle.
 
     Raises:
       UserError: more devices than there are.
     """
-    devices = parallel.choose_devices("all" if asked == "auto" else asked, 1, 0)
-    chosen = jax.local_devices()[: min(devices, replicas)]
-    return jax.make_mesh((len(chosen),), (AXIS,), axis_types=(AxisType.Auto,), devices=chosen)
+    devices = hardware.choose_devices("all" if asked == "auto" else asked, 1, 0)
+    rows = min(devices, replicas)
+    columns = devices // rows
+    if asked == "auto":
+        columns = min(columns, hardware.choose_devices("auto", batch_size, weights))
+    chosen = np.array(jax.local_devices()[: rows * columns]).reshape(rows, columns)
+    return Mesh(chosen, (AXIS, parallel.AXIS), axis_types=(AxisType.Auto,) * 2)
+
+
+def sharing_a_batch(mesh: Mesh) -> int:
+    """Returns over how many devices a replica's batches are split."""
+    return mesh.shape[parallel.AXIS]
+
+
+def describe_mesh(mesh: Mesh) -> str:
+    """Returns e.g. `on 4 devices, 2 to share each batch`."""
+    text = f"on {mesh.size} device{'s' if mesh.size > 1 else ''}"
+    shared = sharing_a_batch(mesh)
+    return f"{text}, {shared} to share each batch" if shared > 1 else text
 
 
 def stack(trees: list) -> Any:
@@ -79,7 +107,7 @@ def split_evenly(tree: Any, mesh: Mesh) -> Any:
     the first replica is repeated at the end."""
 
     def pad(x):
-        missing = -x.shape[0] % mesh.size
+        missing = -x.shape[0] % mesh.shape[AXIS]
         if not missing:
             return x
         where = np.minimum(np.arange(x.shape[0] + missing), x.shape[0]) % x.shape[0]
@@ -169,16 +197,20 @@ def _swapped(function, shared, own):
     return function(own, *shared)
 
 
-def _split(function: Callable, mesh: Mesh) -> Callable:
-    """Splits `own`, the first argument, over the mesh; no device has anything to tell another."""
+_ORDER = P(AXIS, None, parallel.AXIS)  # [R, batches, batch]
 
-    def call(own, *shared):
-        specs = (P(AXIS), *[P()] * len(shared))
-        # Without the check of varying axes: nothing is summed over them.
+
+def _split(function: Callable, mesh: Mesh, own: Any) -> Callable:
+    """Splits the first argument, as the specs `own` say, over the mesh."""
+
+    def call(first, *shared):
+        specs = (own, *[P()] * len(shared))
+        # Without the check of varying axes: nothing is summed over replicas, and what a step sums
+        # over its batch's devices is equal on all of them.
         split = jax.shard_map(
             function, mesh=mesh, in_specs=specs, out_specs=P(AXIS), check_vma=False
         )
-        return split(own, *shared)
+        return split(first, *shared)
 
     return call
 
@@ -190,12 +222,15 @@ def compile_training(
 
     Arguments as in `train_until_diverged`, but those of `own` have a replica axis that divides by
     the mesh (`split_evenly`), and its state and record are donated. Lengths as in
-    `parallel.compile_training`.
+    `parallel.compile_training`. `step` takes `axis_name` where devices share a batch.
     """
     if static_length is None:
         static_length = jax.default_backend() != "cpu"
     one = train_until_diverged if form == "map" else train_or_stand_still
+    if sharing_a_batch(mesh) > 1:
+        step = functools.partial(step, axis_name=parallel.AXIS)
     one = functools.partial(one, step)
+    own = (P(AXIS), P(AXIS), P(AXIS), _ORDER, P(AXIS))
 
     def run(changing, order, numbers, data, row, start, length):
         scalars = (row, start)
@@ -203,7 +238,8 @@ def compile_training(
             part = functools.partial(one, length=length)
         else:
             part, scalars = one, (row, start, length)
-        split = _split(over_replicas(part, form), mesh)
+        split = _split(over_replicas(part, form), mesh, own)
+        order = parallel.pad_to_divide(order, sharing_a_batch(mesh), -1, axis=2)
         return split((*changing, order, numbers), data, *scalars)
 
     static = {"static_argnames": ("length",)} if static_length else {}
@@ -225,16 +261,22 @@ def compile_evaluation(step: Callable, mesh: Mesh) -> Callable:
 
     def one(own, data):
         variables, order = own
-        return parallel.evaluate_many(step, variables, data, order)
+        sums = parallel.evaluate_many(step, variables, data, order)
+        return lax.psum(sums, parallel.AXIS) if sharing_a_batch(mesh) > 1 else sums
 
-    return _compiled(one, mesh)
+    split = _split(over_replicas(one, "map"), mesh, (P(AXIS), _ORDER))
+
+    def run(own, data):
+        variables, order = own
+        return split(
+            (variables, parallel.pad_to_divide(order, sharing_a_batch(mesh), -1, axis=2)), data
+        )
+
+    return jax.jit(run, compiler_options=parallel.compiler_options())
 
 
 def compile_prediction(step: Callable, mesh: Mesh) -> Callable:
     """Returns `predict(variables, images [batches, B, H, W, C]) -> [R, batches, B, classes]`."""
-    return _compiled(functools.partial(parallel.predict_many, step), mesh)
-
-
-def _compiled(one: Callable, mesh: Mesh) -> Callable:
-    split = _split(over_replicas(one, "map"), mesh)
+    one = functools.partial(parallel.predict_many, step)
+    split = _split(over_replicas(one, "map"), mesh, P(AXIS))
     return jax.jit(split, compiler_options=parallel.compiler_options())

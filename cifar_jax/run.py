@@ -11,7 +11,16 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from cifar_jax import augment, feed, from_recipe, layer_groups, parallel, resident, steps
+from cifar_jax import (
+    augment,
+    feed,
+    from_recipe,
+    hardware,
+    layer_groups,
+    parallel,
+    resident,
+    steps,
+)
 from cifar_jax.clock import Clock
 from cifar_jax.datasets import Dataset
 from cifar_jax.errors import lookup
@@ -26,7 +35,7 @@ class Options:
     Attributes:
       feed: `resident` or `stream`.
       lowering: how convolutions are computed; results differ in rounding only.
-      devices: local devices that share a batch (`parallel.choose_devices`); likewise.
+      devices: local devices that share a batch (`hardware.choose_devices`); likewise.
       save_minutes: minutes between two saves within an epoch.
       plots: whether to draw the pictures at the end.
       tensorboard: whether to write TensorBoard events too.
@@ -118,7 +127,7 @@ def make_run(config: Config, dataset: Dataset, options: Options, clock: Clock) -
     step = from_recipe.step_of(recipe, model, config.steps_per_epoch)
     weights = steps.parameter_count(shapes.params)
     mesh, eval_mesh = (
-        parallel.data_mesh(parallel.choose_devices(options.devices, batch_size, weights))
+        hardware.data_mesh(hardware.choose_devices(options.devices, batch_size, weights))
         for batch_size in (recipe.batch_size, recipe.eval_batch_size)
     )
     eval_mesh = mesh or eval_mesh  # weights that are on a mesh stay there

@@ -15,7 +15,17 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from cifar_jax import feed, from_recipe, optimizers, parallel, report, resident, steps, together
+from cifar_jax import (
+    feed,
+    from_recipe,
+    hardware,
+    optimizers,
+    parallel,
+    report,
+    resident,
+    steps,
+    together,
+)
 from cifar_jax.checks import check_first_forward, check_loss, check_weights, stuck_advice
 from cifar_jax.clock import seconds_since_start
 from cifar_jax.datasets import record_source
@@ -220,7 +230,7 @@ class _Loop:
                 yield length, self.data, order, start
                 start += length
             return
-        per_chunk, where = self.chunks.streamed(order.shape[1]), parallel.everywhere(run.mesh)
+        per_chunk, where = self.chunks.streamed(order.shape[1]), hardware.everywhere(run.mesh)
         source = record_source(run.dataset.splits["train"])
         several = together.several()
         if several:  # a process reads the images of its own devices only

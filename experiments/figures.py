@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from cifar_jax import plots
+from cifar_jax.spread import draw_histogram
 
 _STYLES = {
     "ours": (plots.BLUE, "o"),
@@ -46,6 +47,25 @@ def strips(
             panel.set_title(name)
             panel.set_xlabel(value_name)
             panel.grid(axis="x")
+    return path
+
+
+def histograms(panels: Mapping[str, Mapping], path: str | Path, *, value_name: str) -> str | Path:
+    """Draws a histogram (`cifar_jax.spread.draw_histogram`) for each name.
+
+    Args:
+      panels: name -> {"values", "found", "ensemble", "published"}.
+    """
+    columns = min(2, len(panels))
+    rows = -(-len(panels) // columns)
+    with plots.drawing(path, 5.2 * columns, 3.9 * rows, palette=256) as figure:
+        axes = figure.subplots(rows, columns, squeeze=False).ravel()
+        for axis, (name, panel) in zip(axes, panels.items(), strict=False):
+            draw_histogram(axis, **panel)
+            axis.set(title=name, xlabel=value_name)
+            axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2, fontsize=7.5)
+        for axis in axes[len(panels) :]:
+            axis.set_visible(False)
     return path
 
 

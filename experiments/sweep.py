@@ -149,7 +149,7 @@ class Sweep:
 
     def train(self, workdir: Path, stop, say) -> tuple[list[dict], dict]:
         """Trains what is missing; returns a row for each run, and {phase: seconds}."""
-        from cifar_jax import from_recipe, many, report
+        from cifar_jax import from_recipe, many, replicas, report
         from cifar_jax.clock import Clock
         from cifar_jax.run import make_run
 
@@ -175,7 +175,7 @@ class Sweep:
                 say(f"Program {number + 1} of {len(self.programs)}: {_shown(static)}")
             say(
                 f"{len(runs)} runs together, {plan.size} at a time, form {plan.programs.form}, "
-                f"on {plan.programs.mesh.size} devices"
+                f"{replicas.describe_mesh(plan.programs.mesh)}"
             )
             with report.Progress(base.epochs * len(run.training) * len(runs)) as bar:
                 done = many.train_groups(

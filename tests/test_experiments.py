@@ -5,7 +5,7 @@ import json
 import pytest
 
 from cifar_jax.errors import UserError
-from experiments import lowerings, reproduce
+from experiments import lowerings, reproduce, seeds
 
 
 def run(seed, accuracy, loss=1.0):
@@ -56,3 +56,27 @@ def test_reproduce_reads_back_runs_and_keeps_recipes_not_named(tmp_path, monkeyp
     assert "55.00 ± 0.00 (n=2) | 52.00 ± 2.83 (n=2) | +3.00 = 1.50 se" in text
     assert "| deep | 46.37 | 55.00 ± 0.00 (n=2) | not run |" in text
     assert (tmp_path / "reproduce.png").stat().st_size > 1000
+
+
+def test_seeds_place_the_published_runs_among_ours(tmp_path, monkeypatch):
+    accuracies = [0.44, 0.46, 0.48, 0.50]
+    summary = dict.fromkeys(seeds.KEPT) | {
+        "test_accuracy": {}, "seconds": {"training": 90, "test": 30},
+        "runs": [{"seed": i, "test_accuracy": a} for i, a in enumerate(accuracies)],
+        "ensemble": {"test_accuracy": 0.5512},
+    }  # fmt: skip
+    asked = []
+    monkeypatch.setattr(seeds.train, "main", lambda words: asked.append(words) or summary)
+    options = ["--runs", str(tmp_path / "runs"), "--out", str(tmp_path)]
+    seeds.main(["--recipes", "deep", *options])
+    seeds.main(["--recipes", "tutorial", "--count", "4", *options])
+    assert [words[words.index("--seeds") + 1] for words in asked] == ["0:16", "0:4"]
+    # Mean 47, std 2.582; the interval is 3.182 standard errors of 1.291 wide on each side.
+    text = (tmp_path / "seeds.md").read_text()
+    where = "| 47.00 | 2.58 | 1.29 | 42.89 to 51.11 | 44.00 to 50.00 | 55.12 |"
+    assert f"| deep | 4 {where} 46.37: above 2 of 4, -0.2 std | 2 |" in text
+    assert f"| tutorial | 4 {where} 55: above 4 of 4, +3.1 std; 54: above 4 of 4, +2.7 std" in text
+    assert text.index("| tutorial") < text.index("| deep"), "in the order of the recipes"
+    assert (tmp_path / "seeds.png").stat().st_size > 1000
+    with pytest.raises(UserError, match="vgg16_bn"):
+        seeds.main(["--recipes", "vgg16_bn", *options])

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from tiny_data import ROOT, command_environment, rows_of, states_of, tiny, words
 
-from cifar_jax import feed, hosts, parallel, resident, together, train
+from cifar_jax import feed, hardware, hosts, resident, together, train
 from cifar_jax.errors import UserError
 
 __all__ = ["tiny"]
@@ -312,7 +312,7 @@ def test_a_process_reads_its_own_columns_of_an_order():
     assert np.concatenate(parts, axis=1)[:, :10].tolist() == order.tolist()
     assert (np.concatenate(parts, axis=1)[:, 10:] == -1).all()
     # Each device finds in its own part of the chunk what its own positions ask for.
-    mesh = parallel.data_mesh(3)
+    mesh = hardware.data_mesh(3)
     rows = np.where(parts[0] >= 0, np.arange(18, dtype=np.int32).reshape(3, 6), -1)
     labels = parts[0].reshape(-1)
     data, positions = resident.put_own({"label": labels}, rows.astype(np.int32), mesh)

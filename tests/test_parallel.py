@@ -12,15 +12,13 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from quick import jit
 
-from cifar_jax import feed, parallel, resident
-from cifar_jax.clock import Clock, compile_seconds
+from cifar_jax import feed, parallel
 from cifar_jax.device_steps import (
     pmap_eval_step,
     pmap_train_step,
     shard_map_eval_step,
     shard_map_train_step,
 )
-from cifar_jax.errors import UserError
 from cifar_jax.models.layers import ConvRelu, Dense, Dropout, Flatten
 from cifar_jax.steps import create_state, eval_step, make_preprocess, predict_step, train_step
 
@@ -287,114 +285,3 @@ def test_prediction_maps_over_batches():
     got = parallel.compile_prediction(step)(variables, images)
     assert got.shape == (3, 2, 10)
     np.testing.assert_allclose(got[1], jax.jit(step)(variables, images[1]), atol=1e-5)
-
-
-def test_devices_are_asked_for_by_name():
-    assert parallel.select_platform("auto") == jax.default_backend()
-    with pytest.raises(UserError, match="did you mean 'gpu'"):
-        parallel.select_platform("gpuu")
-    assert parallel.describe_device().startswith(f"{jax.device_count()} x ")
-
-
-# Programs over several devices: a network with dropout whose batches do not divide.
-
-
-class Small(nn.Module):
-    """Dense, dropout, dense."""
-
-    dropout_rate: float = 0.5
-
-    @nn.compact
-    def __call__(self, x, train=False):
-        x = nn.relu(Dense(16, name="fc1")(x.reshape(x.shape[0], -1)))
-        return Dense(5, name="fc2")(Dropout(self.dropout_rate)(x, train))
-
-
-SMALL = {"model": Small(), "optimizer": optax.sgd(0.1, momentum=0.9)}
-
-
-@functools.cache
-def epoch_over(devices, split=False):
-    """State, record, evaluation's sums and logits of one epoch of batches of 13 (the last of 11)
-    on so many devices, the data whole on each or split over them."""
-    Clock()  # begins to count seconds of compiling
-    mesh = parallel.data_mesh(devices)
-    rng = np.random.default_rng(0)
-    images, labels = rng.integers(0, 256, (50, 4, 4, 3), np.uint8), rng.integers(0, 5, 50)
-    data = feed.to_device(images, labels, parallel.everywhere(mesh))
-    tested = feed.to_device(images, labels)
-    if split:
-        tested = data = resident.put_split(images, labels, mesh)
-        assert data["image"].addressable_shards[0].data.shape == (-(-50 // devices), 4, 4, 3)
-    order = feed.epoch_order(jax.random.key(0), 1, np.arange(50, dtype=np.int32), 13)
-    program = parallel.compile_training(functools.partial(train_step, **SMALL), mesh=mesh)
-    state, record = (
-        create_state(SMALL["model"], SMALL["optimizer"], jax.random.key(1), image_shape=(4, 4, 3)),
-        parallel.empty_record(len(order)),
-    )
-    compiled = []
-    for start, length in ((0, 1), (1, 3)):
-        before = compile_seconds()
-        state, record = program(state, record, data, jnp.asarray(order), start, start, length)
-        compiled.append(compile_seconds() - before)
-    assert compiled[0] > 0
-    assert compiled[1] == 0, "a state that is on the mesh already is no second program"
-    model = {"model": SMALL["model"]}
-    variables = {"params": state.params}
-    evaluate = parallel.compile_evaluation(functools.partial(eval_step, **model), mesh)
-    predict = parallel.compile_prediction(functools.partial(predict_step, **model), mesh)
-    found = evaluate(variables, tested, feed.batches(np.arange(50, dtype=np.int32), 7))
-    logits = predict(variables, images.reshape(10, 5, 4, 4, 3))
-    return jax.device_get((state.params, record, found, logits))
-
-
-@pytest.mark.parametrize(("devices", "split"), [(2, False), (4, False), (8, False), (3, True)])
-def test_a_run_is_the_same_on_any_number_of_devices(devices, split):
-    """Also where a batch does not divide, and the last devices have nothing but padding."""
-    params, record, found, logits = epoch_over(devices, split)
-    want_params, want_record, want_found, want_logits = epoch_over(1)
-    np.testing.assert_array_equal(record["count"], [13, 13, 13, 11])
-    np.testing.assert_array_equal(record["correct"], want_record["correct"])
-    np.testing.assert_allclose(record["loss"], want_record["loss"], rtol=1e-5)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), params, want_params
-    )
-    assert found["count"] == 50
-    np.testing.assert_array_equal(found["confusion"], want_found["confusion"])
-    assert found["loss"] == pytest.approx(want_found["loss"], rel=1e-5)
-    assert logits.shape == (10, 5, 5)
-    np.testing.assert_allclose(logits, want_logits, atol=1e-5)
-
-
-def test_where_the_training_images_lie():
-    GB = 10**9
-    assert resident.place_for(2 * GB, 4, 8 * GB) == ("resident", None)
-    place, said = resident.place_for(7 * GB, 4, 8 * GB)
-    assert place == "split"
-    assert "7 GB" in said
-    assert "4 devices" in said
-    for size, devices in ((9 * GB, 4), (3 * GB, 1)):
-        place, said = resident.place_for(size, devices, 8 * GB)
-        assert place == "stream"
-        assert "streamed from the host" in said
-    assert 10**8 < resident.device_memory() < 10**14
-
-
-def test_accelerators_share_batches_of_sixteen_images_each(monkeypatch):
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    for batch, devices in ((4, 1), (20, 1), (64, 4), (128, 8), (1024, 8)):
-        assert parallel.choose_devices("auto", batch, 134_000_000) == devices
-
-
-def test_devices_that_share_a_batch():
-    assert parallel.choose_devices("3", 4, 1000) == 3
-    assert parallel.choose_devices("all", 4, 1000) == jax.local_device_count() == 8
-    assert parallel.choose_devices("auto", 4, 1000) == 1
-    assert parallel.choose_devices("auto", 20, 1000) == 2
-    assert parallel.choose_devices("auto", 4096, 1000) == 8
-    assert parallel.choose_devices("auto", 4096, 30_000_000) == 1
-    for asked, said in (("9", "there are 8 here"), ("0", "auto, all or a number"), ("x", "auto")):
-        with pytest.raises(UserError, match=said):
-            parallel.choose_devices(asked, 4, 1000)
-    assert parallel.data_mesh(1) is None
-    assert parallel.everywhere(None) is None

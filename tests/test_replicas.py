@@ -3,18 +3,34 @@
 import functools
 from types import SimpleNamespace
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from quick import jit
 from tiny_data import Small
 
 from cifar_jax import feed, from_recipe, group_size, parallel, replicas
 from cifar_jax.clock import Clock, compile_seconds
 from cifar_jax.errors import UserError
+from cifar_jax.models.layers import Dense, Dropout, Flatten
 from cifar_jax.recipes import RECIPES
+from cifar_jax.steps import create_state, eval_step, train_step
 
 STEPS, BATCH = 4, 4
+
+
+class TwoLayers(nn.Module):
+    """Dense, dropout, dense: [N, 32, 32, 3] -> [N, 10]."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = nn.relu(Dense(16, name="fc1")(Flatten()(x)))
+        return Dense(10, name="fc2")(Dropout(0.5, name="dropout")(x, train))
+
+
 RECIPE = RECIPES["tutorial"].replace(batch_size=BATCH)
 SEEDS = (0, 1, 2)
 
@@ -101,6 +117,48 @@ def test_a_replica_is_the_single_run(form):
                 np.testing.assert_array_equal(mine[i], single)
             else:
                 np.testing.assert_allclose(mine[i], single, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("form", ["map", pytest.param("vmap", marks=pytest.mark.slow)])
+def test_devices_along_both_axes_of_the_mesh(form):
+    """Six devices: each of three replicas has its batches of 5, with dropout, shared by two."""
+    model, batch = TwoLayers(), 5
+    step = functools.partial(train_step, model=model, optimizer=optax.sgd(0.1, momentum=0.9))
+    create = functools.partial(create_state, model, optax.sgd(0.1, momentum=0.9))
+    states = [jit(create)(jax.random.key(seed)) for seed in SEEDS]
+    positions = np.arange(STEPS * BATCH, dtype=np.int32)  # 16: the last batch holds one image
+    orders = [feed.epoch_order(jax.random.key(9 + seed), 1, positions, batch) for seed in SEEDS]
+    empty = functools.partial(parallel.empty_record, len(orders[0]))
+    mesh = replicas.replica_mesh("6", len(SEEDS))
+    assert dict(mesh.shape) == {"replica": 3, "data": 2}
+    assert replicas.describe_mesh(mesh) == "on 6 devices, 2 to share each batch"
+    records = replicas.stack([empty() for _ in SEEDS])
+    own = (replicas.stack(states), records, np.ones(3, bool), np.stack(orders), {})
+    run = replicas.compile_training(step, form, mesh, static_length=form == "vmap")
+    shared = replicas.to_all(data(), mesh)
+    state, record, alive = run(replicas.split_evenly(own, mesh), shared, 0, 0, len(orders[0]))
+    assert alive.all()
+    evaluate = replicas.compile_evaluation(functools.partial(eval_step, model=model), mesh)
+    order = replicas.split_evenly(np.stack(orders), mesh)
+    sums = evaluate(({"params": state.params}, order), shared)
+    assert sums["count"].tolist() == [16] * 3, "padding counts nowhere"
+    single = parallel.compile_training(step)
+    for i, seed in enumerate(SEEDS):
+        start = jit(create)(jax.random.key(seed))
+        want, rows = single(start, empty(), data(), orders[i], 0, 0, len(orders[0]))
+        got = jax.tree.map(lambda x, i=i: x[i], (state.params, record))
+        for mine, theirs in zip(
+            jax.tree.leaves(got), jax.tree.leaves((want.params, rows)), strict=True
+        ):
+            np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_what_shares_a_batch_where_devices_are_left(monkeypatch):
+    shapes = [replicas.replica_mesh("all", count).devices.shape for count in (1, 2, 3, 8, 100)]
+    assert shapes == [(1, 8), (2, 4), (3, 2), (8, 1), (8, 1)]
+    # By itself no more than one run of that size takes: batches of 4 stay on one device.
+    auto = functools.partial(replicas.replica_mesh, "auto", 2)
+    assert [auto(size, 1000).devices.shape for size in (4, 20, 128)] == [(2, 1), (2, 2), (2, 4)]
 
 
 @pytest.mark.parametrize("form", ["map", "vmap"])

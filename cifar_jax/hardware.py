@@ -1,0 +1,119 @@
+"""Which devices compute: the platform, how many of its devices share a batch, and their mesh."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from cifar_jax.errors import UserError, nearest
+from cifar_jax.records import usable_cores
+
+DEVICES = ("auto", "cpu", "gpu", "tpu")
+AXIS = "data"
+# A CPU device gets at least so many images of a batch. Two AVX-512 cores, training images/s on one
+# device and on two with half the batch each: dropout b20 2,390 and 2,781, deep b16 1,068 and
+# 1,382, adam b128 9,984 and 12,608, dropout b128 2,369 and 3,618.
+CPU_DEVICE_IMAGES = 8
+# With more weights than this their own traffic costs more than sharing saves: vgg16 b128 trains
+# 94 images/s on one device and 58 on two.
+CPU_DEVICE_WEIGHTS = 4_000_000
+# A GPU or TPU gets at least so many images of a batch. A rule, not a measurement: batches of 128
+# are shared by up to 8 devices, the tutorial's batches of 4 stay on one (docs/scaling.md).
+ACCELERATOR_DEVICE_IMAGES = 16
+
+
+def select_platform(name: str) -> str:
+    """Makes JAX use the named platform and returns the one in use: `cpu`, `gpu` or `tpu`.
+
+    Call it before anything runs on a device. `auto` takes JAX's choice. A CPU becomes as many
+    devices as the process has cores; what runs on one of them still uses all cores.
+
+    Raises:
+      UserError: unknown name, or no such device here.
+    """
+    if name not in DEVICES:
+        raise UserError(f"unknown device {name!r}; {nearest(name, DEVICES)}")
+    with contextlib.suppress(RuntimeError):  # devices are in use already, and stay as they are
+        if jax.config.jax_num_cpu_devices < 1 and "--xla_force_host" not in _user_flags():
+            jax.config.update("jax_num_cpu_devices", usable_cores())
+    before = jax.config.jax_platforms
+    if name != "auto":
+        jax.config.update("jax_platforms", {"gpu": "cuda,rocm"}.get(name, name))
+    try:
+        found = jax.default_backend()
+    except RuntimeError as error:
+        if name == "auto":
+            raise UserError(f"JAX finds no usable device: {error}") from None
+        found = None
+    found = {"cuda": "gpu", "rocm": "gpu"}.get(found, found)
+    # A process that has used a device already keeps it, whatever is asked for later.
+    if name not in ("auto", found):
+        jax.config.update("jax_platforms", before)
+        extra = {"gpu": "; install .[cuda12] or .[cuda13] and check the driver with nvidia-smi"}
+        raise UserError(f"--device {name}: JAX finds no such device{extra.get(name, '')}")
+    return found
+
+
+def _user_flags() -> str:
+    return os.environ.get("XLA_FLAGS", "")
+
+
+def describe_device() -> str:
+    """Returns e.g. `2 x NVIDIA H200 (gpu)`: what JAX computes on."""
+    device = jax.devices()[0]
+    return f"{jax.device_count()} x {device.device_kind} ({device.platform})"
+
+
+def choose_devices(asked: str, batch_size: int, weights: int) -> int:
+    """Returns how many local devices share a batch.
+
+    Args:
+      asked: `auto`, `all` or a number; of several processes, that in each. `auto` is as many
+        devices as there are with at least `ACCELERATOR_DEVICE_IMAGES` images of the batch each; on
+        a CPU `CPU_DEVICE_IMAGES`, which run one batch faster than one device does, unless the
+        model has more than `CPU_DEVICE_WEIGHTS`.
+      batch_size: images in a batch.
+      weights: numbers in the model's parameters.
+
+    Raises:
+      UserError: not one of these, or more devices than there are.
+    """
+    here = jax.local_device_count()
+    if asked == "auto":
+        images = batch_size // jax.process_count()
+        if jax.default_backend() != "cpu":
+            return max(1, min(here, images // ACCELERATOR_DEVICE_IMAGES))
+        if weights > CPU_DEVICE_WEIGHTS:
+            return 1
+        return max(1, min(here, images // CPU_DEVICE_IMAGES))
+    if asked == "all":
+        return here
+    if not asked.isdecimal() or int(asked) < 1:
+        raise UserError(f"--devices must be auto, all or a number from 1, got {asked!r}")
+    if int(asked) > here:
+        raise UserError(f"--devices {asked}: there are {here} here ({describe_device()})")
+    return int(asked)
+
+
+def data_mesh(devices: int) -> Mesh | None:
+    """Returns a mesh that splits batches over so many devices of each process, process after
+    process; None for one device in all."""
+    processes = range(jax.process_count())
+    chosen = [d for process in processes for d in jax.local_devices(process)[:devices]]
+    return None if len(chosen) == 1 else mesh_over(chosen)
+
+
+def mesh_over(devices: Sequence[jax.Device]) -> Mesh:
+    """Returns a mesh of these devices, in this order, with the one axis `AXIS`."""
+    return Mesh(np.array(devices), (AXIS,), axis_types=(AxisType.Auto,))
+
+
+def everywhere(mesh: Mesh | None) -> NamedSharding | None:
+    """Returns the sharding of what every device of the mesh holds whole, None for one device."""
+    return None if mesh is None else NamedSharding(mesh, P())
