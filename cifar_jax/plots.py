@@ -79,7 +79,7 @@ def drawing(path: str | Path, width: float, height: float, *, palette: int = 0) 
 def _save(picture, path: str | Path) -> None:
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        picture.save(path, format="png", optimize=True)
+        picture.save(path, format="png")
     except OSError as error:
         raise UserError(f"cannot write the picture {path}: {error.strerror}") from error
 
@@ -111,19 +111,21 @@ def _grid(
     width = max(columns * (side + gap) + gap, 4.5)
     height = head + rows * (above + side + gap)
     with drawing(path, width, height) as figure:
-        # Placed by hand: laying out and measuring 20 axes takes longer than drawing them.
+        # Placed by hand on one axis, in inches: laying out and measuring 20 axes takes longer than
+        # drawing them.
         figure.set_layout_engine("none")
         figure.text(gap / width, 1 - 0.08 / height, heading, fontsize=11, va="top")
+        axis = figure.add_axes((0, 0, 1, 1), frameon=False)
+        axis.set_axis_off()
         for k, (image, title, color) in enumerate(zip(images, titles, colors, strict=True)):
             row, column = divmod(k, columns)
             left, low = gap + column * (side + gap), height - head - (row + 1) * (above + side)
             low -= row * gap
-            axis = figure.add_axes(
-                (left / width, low / height, side / width, side / height), frameon=False
-            )
-            axis.set_axis_off()
-            axis.imshow(image, interpolation="nearest")
-            axis.set_title(title, color=color, fontsize=8.5, loc="center", pad=3)
+            place = (left, left + side, low, low + side)
+            axis.imshow(image, extent=place, interpolation="nearest", aspect="auto")
+            middle, top = left + side / 2, low + side + 3 / 72
+            axis.text(middle, top, title, color=color, fontsize=8.5, ha="center", va="bottom")
+        axis.set(xlim=(0, width), ylim=(0, height))
     return path
 
 
