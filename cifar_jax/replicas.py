@@ -4,8 +4,8 @@ A replica is a whole run: its own state, order of images, record and, in a sweep
 recipe. Every array of its own has the replica axis in front, [R, ...]; the data set is shared.
 The axis is split over devices, and within a device it takes one of two forms:
 
-- `map`: one replica after another, its steps innermost. Each is then computed exactly as a single
-  run is. The choice on a CPU, where the devices are what runs at the same time.
+- `map`: one replica after another, its steps innermost: the arithmetic of a single run, but for
+  last bits where XLA fuses otherwise. The choice on a CPU, where devices are what runs at once.
 - `vmap`: all replicas in every step, as batched matrix products. The choice on GPU and TPU.
 
 Where there are more devices than replicas, several share each replica's batches, as in
