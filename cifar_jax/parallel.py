@@ -127,20 +127,22 @@ def pieces(images: int, state) -> int:
     return 2 if few and images >= CPU_PIECE_IMAGES else 1
 
 
-def tiles(order: jax.Array, size: int) -> jax.Array:
-    """Cuts an order's rows into rows of at most `size`, padded with -1."""
-    batch = order.shape[1]
-    if batch <= size:
-        return order
-    padded = jnp.pad(order, ((0, 0), (0, -batch % size)), constant_values=-1)
-    return padded.reshape(-1, size)
+def tiles(batches: jax.Array, variables, fill: int = -1) -> jax.Array:
+    """Cuts batches [batches, B, ...] into those that a CPU evaluates at a time, [tiles, size, ...],
+    a batch's last one padded with `fill`; elsewhere they stay as they are."""
+    if jax.default_backend() != "cpu":
+        return batches
+    large = parameter_count(variables) > CPU_DEVICE_WEIGHTS
+    size = CPU_EVAL_TILE_LARGE if large else CPU_EVAL_TILE
+    if batches.shape[1] <= size:
+        return batches
+    padded = pad_to_divide(batches, size, fill)
+    return padded.reshape(-1, size, *batches.shape[2:])
 
 
 def evaluate_many(step: Callable, variables, data, order, take: Callable = take_batch):
     """Adds up `step`'s sums over all batches of an order [batches, batch]."""
-    if jax.default_backend() == "cpu":
-        large = parameter_count(variables) > CPU_DEVICE_WEIGHTS
-        order = tiles(order, CPU_EVAL_TILE_LARGE if large else CPU_EVAL_TILE)
+    order = tiles(order, variables)
 
     def body(sums, row):
         return jax.tree.map(jnp.add, sums, step(variables, take(data, row))), None
@@ -152,7 +154,9 @@ def evaluate_many(step: Callable, variables, data, order, take: Callable = take_
 
 def predict_many(step: Callable, variables, images):
     """Maps `step` over batches of images [batches, B, H, W, C]; returns [batches, B, classes]."""
-    return lax.map(lambda batch: step(variables, batch), images)
+    found = lax.map(lambda batch: step(variables, batch), tiles(images, variables, fill=0))
+    batches, size = images.shape[:2]
+    return found.reshape(batches, -1, found.shape[-1])[:, :size]
 
 
 def compiler_options(remat: bool = False) -> dict[str, Any]:
