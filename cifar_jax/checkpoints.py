@@ -28,10 +28,12 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import errno
+import functools
 import json
 import logging
 import os
 import shutil
+import sys
 import traceback
 from pathlib import Path
 from typing import Any
@@ -157,6 +159,23 @@ def _not_of_orbax(record: logging.LogRecord) -> bool:
     return not any(os.path.join("orbax", "checkpoint") in p for p in [record.pathname, *places])
 
 
+@functools.cache
+def _ignore_late_writes() -> None:
+    """Keeps one kind of traceback off the screen, from here on in this process.
+
+    When a write fails Orbax gives the save up and closes its event loop; TensorStore's other writes
+    end later, find it closed, and each would print so beside the error that is reported.
+    """
+    former = sys.unraisablehook
+
+    def hook(unraisable) -> None:
+        error = unraisable.exc_value
+        if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
+            former(unraisable)
+
+    sys.unraisablehook = hook
+
+
 class Checkpoints:
     """Writes a run's checkpoints, and keeps the newest `keep_latest` and the best.
 
@@ -179,6 +198,7 @@ class Checkpoints:
             raise UserError(f"cannot make directory {self.directory}: {reason}") from error
         if not os.access(self.directory, os.W_OK | os.X_OK):
             raise UserError(f"cannot write to directory {self.directory}: Permission denied")
+        _ignore_late_writes()
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
         self._pending: tuple[int, Path, concurrent.futures.Future] | None = None
         self._checkpointer: Any = None

@@ -207,6 +207,30 @@ def test_writes_that_fail_in_the_operating_system(tmp_path):
     assert "Traceback" not in done.stderr
 
 
+LATE_WRITE = """
+import sys
+from cifar_jax.checkpoints import Checkpoints
+Checkpoints(sys.argv[1]).__exit__(None, None, None)
+class Late:
+    def __del__(self):
+        raise self.error
+for text in ("Event loop is closed", "something else"):
+    late = Late()
+    late.error = RuntimeError(text)
+    del late
+"""
+
+
+def test_writes_that_end_after_a_failed_save_print_nothing(tmp_path):
+    """What they raise nobody can catch; every other such error is still printed."""
+    done = subprocess.run(
+        [sys.executable, "-c", LATE_WRITE, str(tmp_path)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "something else" in done.stderr
+    assert "Event loop is closed" not in done.stderr
+
+
 # Kills
 
 
