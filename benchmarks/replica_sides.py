@@ -68,7 +68,7 @@ class OurReplicas(ReplicaSide):
         """Builds the case; its weights are drawn from the seed that `sides.Ours` draws from."""
         import jax
 
-        from cifar_jax import group, parallel, replicas
+        from cifar_jax import feed, group, parallel, replicas
         from cifar_jax.clock import Clock, compile_seconds
         from cifar_jax.run import Options, make_run
         from cifar_jax.workdir import Config, describe_data
@@ -80,7 +80,7 @@ class OurReplicas(ReplicaSide):
         compiled = compile_seconds()
         mesh = replicas.replica_mesh("all", self.replicas)
         start, split = time.perf_counter(), dataset.splits["train"]
-        data = {"image": np.asarray(split.images), "label": np.asarray(split.labels, np.int32)}
+        data = feed.on_host(split.images, split.labels)
         self.data = jax.block_until_ready(replicas.to_all(data, mesh))
         data_seconds = time.perf_counter() - start
         self.orders = replica_orders(len(split), case.batch_size, self.replicas)

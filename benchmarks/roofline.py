@@ -133,14 +133,9 @@ def draw(result: dict, path: Path) -> None:
     with plots.drawing(path, 6.5, 4) as figure:
         axes = figure.subplots()
         axes.loglog(intensity, roof, color=plots.INK, label="measured roof")
-        palette = (plots.BLUE, plots.ORANGE, plots.GREEN, plots.RED, plots.INK, plots.QUIET)
-        colors = dict(
-            zip((row["case"] for row in result["cases"]), itertools.cycle(palette), strict=False)
-        )
-        for row in result["cases"]:
+        for row, color in zip(result["cases"], itertools.cycle(plots.SERIES), strict=False):
             x, y = row["flops"] / row["bytes"], row["achieved_flops"] / 1e9
             name, batch = row["case"].removeprefix("train/").split(":")
-            color = colors[row["case"]]
             axes.plot(x, y, "o", color=color, label=f"{name}, batch {batch}: {y:.0f} GFLOP/s")
         for axis in (axes.xaxis, axes.yaxis):  # the style draws no mathematics, which 10^2 would be
             axis.set_major_formatter(lambda value, _: f"{value:g}")

@@ -19,6 +19,7 @@ from cifar_jax.errors import UserError
 
 BLUE, ORANGE, GREEN, RED = "#0072B2", "#D55E00", "#007A55", "#C8200E"
 INK, QUIET, FAINT = "#222222", "#6B6B6B", "#DDDDDD"
+SERIES = (BLUE, ORANGE, GREEN, RED, INK, QUIET)  # of lines and points, in order
 
 GRID_IMAGES = 20
 GRID_COLUMNS = 10

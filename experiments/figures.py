@@ -10,6 +10,7 @@ import numpy as np
 from cifar_jax import plots
 from cifar_jax.spread import draw_histogram
 
+_DASHES = (None, (4, 2), (1, 1))
 _STYLES = {
     "ours": (plots.BLUE, "o"),
     "PyTorch": (plots.ORANGE, "s"),
@@ -127,7 +128,6 @@ def _scale(axis, which: str, name: str, values: Sequence) -> list[float]:
 
 
 def _curves(along, others, values, points, path, heading) -> Path:
-    colors = [plots.BLUE, plots.ORANGE, plots.GREEN, plots.RED, plots.INK, plots.QUIET]
     lines: dict[tuple, list] = {}
     for point in points:
         key = tuple(point["values"][name] for name in others)
@@ -140,7 +140,7 @@ def _curves(along, others, values, points, path, heading) -> Path:
             x = np.array([places[point["values"][along]] for point in mine], float)
             y = np.array([_percent(point) for point in mine])
             reach = np.array([_percent(p, "std") for p in mine])
-            color, dashes = colors[k % len(colors)], [None, (4, 2), (1, 1)][k // len(colors) % 3]
+            color, dashes = plots.SERIES[k % len(plots.SERIES)], _DASHES[k // len(plots.SERIES) % 3]
             label = ", ".join(f"{_name(n)} {_text(v)}" for n, v in zip(others, key, strict=True))
             style = {"dashes": dashes} if dashes else {}
             axis.plot(x, y, "o-", color=color, ms=3.5, lw=1.6, label=label or "mean", **style)

@@ -20,7 +20,7 @@ from cifar_jax.errors import lookup, run_command
 from cifar_jax.recipes import RECIPES
 from cifar_jax.records import to_json, write_summary
 from cifar_jax.spread import spread
-from experiments.reproduce import RESULTS, measure, ours
+from experiments.reproduce import RESULTS, data_words, measure, ours
 
 COMPARED = ("lax", "gemm", "winograd")
 
@@ -79,9 +79,8 @@ def main(arguments: Sequence[str] | None = None) -> dict:
     cli.add_data_options(parser)
     options = parser.parse(arguments)
     recipe = lookup(RECIPES, options.recipe, "recipe")
-    extra = ["--data-dir", options.data_dir] if options.data_dir else []
     epochs = options.epochs or recipe.epochs
-    extra += ["--epochs", str(epochs)]
+    extra = [*data_words(options), "--epochs", str(epochs)]
     runs: dict[str, list[dict]] = {name: [] for name in COMPARED}
     for seed in options.seeds:
         for name in COMPARED:

@@ -78,7 +78,13 @@ def pytorch(recipe: str) -> list[dict]:
     ]
 
 
-def _former(file: Path) -> dict:
+def data_words(options) -> list[str]:
+    """Returns the data options that were given, as words of another command."""
+    words = ["--data-dir", options.data_dir] if options.data_dir else []
+    return words + (["--archive", options.archive] if options.archive else [])
+
+
+def former(file: Path) -> dict:
     """Returns the results of recipes run before, {} where there are none."""
     return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
 
@@ -139,10 +145,9 @@ def main(arguments: Sequence[str] | None = None) -> dict:
     parser.add_argument("--out", default=str(RESULTS), help="where the tables go")
     cli.add_data_options(parser)
     options = parser.parse(arguments)
-    extra = ["--data-dir", options.data_dir] if options.data_dir else []
-    extra += ["--archive", options.archive] if options.archive else []
+    extra = data_words(options)
     out = Path(options.out)
-    results = _former(out / "reproduce.json")
+    results = former(out / "reproduce.json")
     for name in options.recipes:
         lookup(RECIPES, name, "recipe")
         runs = ours(name, options.seeds, Path(options.runs), extra)

@@ -11,7 +11,6 @@ named keep their earlier results.
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,8 +20,8 @@ from cifar_jax.errors import lookup, run_command
 from cifar_jax.published import PUBLISHED
 from cifar_jax.records import to_json, write_summary
 from cifar_jax.spread import spread
+from experiments.reproduce import RESULTS, data_words, former
 
-RESULTS = Path(__file__).resolve().parent / "results"
 COUNTS = {"tutorial": 64, "adam": 64, "dropout": 32, "deep": 16}
 KEPT = (
     *("test_accuracy", "test_loss", "per_class", "runs", "ensemble", "diverged", "form", "devices"),
@@ -31,26 +30,20 @@ KEPT = (
 )
 
 
-def position(value: float, values: Sequence[float]) -> dict:
-    """Returns where `value` lies among the runs' `values`: how many are below it, of how many, and
-    its distance from their mean in standard deviations of a run."""
-    found = spread(values)
-    return {
-        "value": value,
-        "below": sum(v < value for v in values),
-        "runs": len(values),
-        "deviations": (value - found["mean"]) / found["std"],
-    }
+def accuracies(summary: Mapping) -> list[float]:
+    """Returns the test accuracy of every run, in percent."""
+    return [100 * run["test_accuracy"] for run in summary["runs"]]
 
 
 def row(name: str, summary: Mapping) -> str:
     """Returns a recipe's row of the table; accuracies in percent."""
-    values = [100 * run["test_accuracy"] for run in summary["runs"]]
+    values = accuracies(summary)
     found = spread(values)
     low, high = found["interval_95"]
     where = [
-        f"{p['value']:g}: above {p['below']} of {p['runs']}, {p['deviations']:+.1f} std"
-        for p in (position(value, values) for value in PUBLISHED[name]["accuracy"])
+        f"{value:g}: above {sum(v < value for v in values)} of {len(values)}, "
+        f"{(value - found['mean']) / found['std']:+.1f} std"
+        for value in PUBLISHED[name]["accuracy"]
     ]
     cells = [
         name,
@@ -86,16 +79,13 @@ def main(arguments: Sequence[str] | None = None) -> dict:
     parser.add_argument("--out", default=str(RESULTS), help="where the table goes")
     cli.add_data_options(parser)
     options = parser.parse(arguments)
-    extra = ["--data-dir", options.data_dir] if options.data_dir else []
-    extra += ["--archive", options.archive] if options.archive else []
-    file = Path(options.out) / "seeds.json"
-    results = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    results = former(Path(options.out) / "seeds.json")
     for name in options.recipes:
         count = options.count or lookup(COUNTS, name, "recipe with published figures")
         lookup(PUBLISHED, name, "recipe with published figures")
         words = ["--recipe", name, "--dataset", "cifar10", "--seeds", f"0:{count}"]
         workdir = Path(options.runs) / f"{name}-{count}"
-        summary = train.main([*words, "--workdir", str(workdir), *extra])
+        summary = train.main([*words, "--workdir", str(workdir), *data_words(options)])
         results[name] = {key: summary[key] for key in KEPT}
         results = to_json({name: results[name] for name in COUNTS if name in results})
         write(results, Path(options.out))
@@ -112,7 +102,7 @@ def write(results: Mapping, out: Path) -> None:
     (out / "seeds.md").write_text(table(results), encoding="utf-8")
     panels = {}
     for name, summary in results.items():
-        values = [100 * run["test_accuracy"] for run in summary["runs"]]
+        values = accuracies(summary)
         panels[name] = {
             "values": values,
             "found": spread(values),
