@@ -43,7 +43,7 @@ def check_first_forward(run, state) -> str:
             f"model {recipe.model} gives non-finite values before training; check its weights"
         )
     losses = jax.jit(cross_entropy)(logits, np.asarray(split.labels[chosen]))
-    loss = float(np.mean(losses))
+    loss = np.asarray(losses).mean()
     return (
         f"Dry run    loss {loss:.3f} on one batch untrained; guessing gives {math.log(classes):.3f}"
     )

@@ -53,8 +53,11 @@ def storable(leaf: Any) -> Any:
     """What Orbax is given: an array of plain numbers."""
     if is_key(leaf):
         return np.asarray(jax.random.key_data(leaf))
-    # Host values may change under the background thread, so they are copied now.
-    return leaf if isinstance(leaf, jax.Array) else np.array(leaf)
+    if not isinstance(leaf, jax.Array):
+        return np.array(leaf)  # may change under the background thread
+    # Of equal copies Orbax would slice a part from each: a program for every leaf and device.
+    several = leaf.is_fully_replicated and len(leaf.sharding.device_set) > 1
+    return leaf.addressable_data(0) if several else leaf
 
 
 def is_empty(leaf: Any) -> bool:

@@ -260,17 +260,24 @@ def channels(image: np.ndarray, path: str | Path) -> str | Path:
     draw = ImageDraw.Draw(picture)
     heading = f"One image by channel: normalised values, black {low:.2f} to white {high:.2f}"
     draw.text((edge, edge), heading, fill=INK, font=large)
+    drawn = {}  # value -> its square; a channel has at most 256 of them
+
+    def square(value: float, shade: float):
+        if value not in drawn:
+            drawn[value] = Image.new("L", (cell, cell), round(255 * shade))
+            # 0.46 is the grey on which black and white text have equal contrast.
+            ink = "black" if shade > 0.46 else "white"
+            text = f"{value:.2f}".replace("-0.00", "0.00")
+            middle = (cell / 2, cell / 2)
+            ImageDraw.Draw(drawn[value]).text(middle, text, fill=ink, font=small, anchor="mm")
+        return drawn[value]
+
     for k, name in enumerate(("red", "green", "blue")):
         left = edge + k * (width * cell + edge)
         draw.text((left, top - 10), f"{name} channel", fill=INK, font=medium, anchor="ls")
-        shades = np.kron(255 * grey[..., k], np.ones((cell, cell))).round().astype(np.uint8)
-        picture.paste(Image.fromarray(shades), (left, top))
         for (y, x), value in np.ndenumerate(image[..., k]):
-            # 0.46 is the grey on which black and white text have equal contrast.
-            ink = "black" if grey[y, x, k] > 0.46 else "white"
-            text = f"{value:.2f}".replace("-0.00", "0.00")
-            at = (left + cell * (x + 0.5), top + cell * (y + 0.5))
-            draw.text(at, text, fill=ink, font=small, anchor="mm")
+            at = (left + cell * x, top + cell * y)
+            picture.paste(square(value, grey[y, x, k]), at)
     # 64 levels of grey look the same and halve the file; black and white stay what they are.
     levels = (np.asarray(picture) * (63 / 255)).round() * (255 / 63)
     _save(Image.fromarray(levels.round().astype(np.uint8)), path)

@@ -81,18 +81,19 @@ def train(
                 position = loop.epoch(position)
         with clock("saving"):
             checkpoints.wait()
-        which = "best" if recipe.select_best else "latest"
-        chosen = checkpoints.restore(
-            from_recipe.payload(position.state, position.record), which=which
-        )
+        best = report.best_epoch(read_metrics(log.path, "epoch"))
+        state, tested = position.state, recipe.epochs
+        if recipe.select_best:
+            payload = from_recipe.payload(position.state, position.record)
+            chosen = checkpoints.restore(payload, which="best")
+            state, tested = chosen.state["state"], chosen.extra["epoch"] - 1
+            if best and tested != best["epoch"]:
+                instead = f"the best epoch was {best['epoch']}; {tested} is tested"
+                for line in [*chosen.skipped, instead]:
+                    say(f"warning: {line}")
     signal = stop()
     if signal:
         raise Interrupted(signal, total)
-    best = report.best_epoch(read_metrics(log.path, "epoch"))
-    tested = chosen.extra["epoch"] - 1
-    if recipe.select_best and best and tested != best["epoch"]:
-        for line in [*chosen.skipped, f"the best epoch was {best['epoch']}; {tested} is tested"]:
-            say(f"warning: {line}")
     found = {
         "best_epoch": best["epoch"] if best else None,
         "best_validation_loss": best["validation_loss"] if best else None,
@@ -100,7 +101,7 @@ def train(
         "epochs": recipe.epochs,
         "steps": total,
     }
-    return chosen.state["state"], found
+    return state, found
 
 
 @dataclasses.dataclass
@@ -187,13 +188,8 @@ class _Loop:
         positions = run.validation
         if run.place == "stream":
             positions = np.arange(len(run.validation), dtype=np.int32)
-        self.validation_order = (
-            jax.device_put(
-                feed.batches(positions, min(self.recipe.eval_batch_size, len(positions)))
-            )
-            if len(positions)
-            else None
-        )
+        size = min(self.recipe.eval_batch_size, len(positions))
+        self.validation_order = feed.batches(positions, size) if size else None
 
     def epoch(self, at: Position) -> Position:
         """Trains to the end of the epoch, validates, writes its row and saves."""

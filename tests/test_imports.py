@@ -49,3 +49,19 @@ def test_training_loads_neither_torch_nor_tensorflow(tiny, tmp_path):
     result = printed(TRAIN, *options, "--data-dir", tiny, "--workdir", tmp_path / "run")
     assert result["loaded"] == []
     assert 0 <= result["correct"] <= 200
+
+
+COLLECTOR = """
+import gc, json, sys
+sys.argv = json.loads(sys.argv[1])
+import cifar_jax
+from cifar_jax.errors import run_command
+found = [gc.isenabled()]
+run_command(lambda: found.extend([gc.isenabled(), gc.get_freeze_count() > 0]))
+print(json.dumps(found))
+"""
+
+
+def test_only_a_command_imports_without_the_garbage_collector_and_none_runs_without_it():
+    assert printed(COLLECTOR, '["-m"]') == [False, True, True]  # as `python -m` has it
+    assert printed(COLLECTOR, '["research.py"]') == [True, True, False]
