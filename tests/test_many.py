@@ -2,6 +2,8 @@
 
 import functools
 import json
+import os
+import signal
 from contextlib import contextmanager
 
 import jax
@@ -151,7 +153,7 @@ class Killed(Exception):
     pass
 
 
-def test_killed_it_goes_on_to_the_same_bits(group, tiny, tmp_path, monkeypatch):
+def test_killed_or_stopped_it_goes_on_to_the_same_bits(group, tiny, tmp_path, monkeypatch):
     """In the middle of an epoch; and in groups: here as many runs as a small memory holds."""
     monkeypatch.setattr(group_size, "available_bytes", lambda: 0)
     workdir, said, looks = tmp_path / "again", [], []
@@ -176,8 +178,24 @@ def test_killed_it_goes_on_to_the_same_bits(group, tiny, tmp_path, monkeypatch):
     assert any("2 of up to 2 runs, one after another" in line for line in said)
     # Its size was decided when it began.
     monkeypatch.setattr(group_size, "available_bytes", lambda: None)
-    summary = train.main(arguments, say=said.append)
+    lengths = []
+
+    def asked_to_stop(chunks, left):
+        lengths.append(min(left, 2))
+        if len(lengths) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return lengths[-1]
+
+    with monkeypatch.context() as patched:
+        patched.setattr(parallel.Chunks, "next", asked_to_stop)
+        with pytest.raises(SystemExit) as stopped:
+            train.main(arguments, say=said.append)
     assert "Going on from step 9 (epoch 2, step 2)" in said
+    assert stopped.value.code == 128 + signal.SIGTERM
+    assert said[-2] == "Stopped by SIGTERM after step 13; all is saved."
+    assert said[-1].startswith("Go on with: python -m cifar_jax.train --recipe dropout")
+    summary = train.main(arguments, say=said.append)
+    assert "Going on from step 13 (epoch 2, step 6)" in said
     assert "Group 2 of 2: 1 run" in said
     assert_same_members(workdir, group[0])
     for name in ("test_accuracy", "test_loss", "per_class", "runs", "ensemble"):
