@@ -1,133 +1,17 @@
-"""Pictures of a run: arrays and a path in, a PNG on disk out, the path returned.
-
-Figures are built on matplotlib's object interface: no pyplot state, no display. Colours are
-from the palette of Okabe and Ito (2008), made for colour-blind readers too, but for the green
-and red of right and wrong, which are told apart by a mark as well.
-"""
+"""Pictures of a run: arrays and a path in, a PNG on disk out, the path returned."""
 
 from __future__ import annotations
 
-import contextlib
 import math
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from cifar_jax.canvas import BLUE, GREEN, INK, ORANGE, QUIET, RED, drawing, grid, save, short
 from cifar_jax.errors import UserError
 
-BLUE, ORANGE, GREEN, RED = "#0072B2", "#D55E00", "#007A55", "#C8200E"
-INK, QUIET, FAINT = "#222222", "#6B6B6B", "#DDDDDD"
-SERIES = (BLUE, ORANGE, GREEN, RED, INK, QUIET)  # of lines and points, in order
-
 GRID_IMAGES = 20
-GRID_COLUMNS = 10
-_DPI = 120
-
-_STYLE = {
-    "font.family": ["DejaVu Sans"],  # ships with matplotlib, and has the marks used below
-    "font.size": 9.0,
-    "text.color": INK,
-    "text.parse_math": False,  # a class name may hold a dollar sign
-    "axes.edgecolor": QUIET,
-    "axes.labelcolor": INK,
-    "axes.linewidth": 0.8,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titlesize": 10.0,
-    "axes.titlelocation": "left",
-    "axes.grid": False,
-    "grid.color": FAINT,
-    "grid.linewidth": 0.6,
-    "xtick.color": QUIET,
-    "ytick.color": QUIET,
-    "xtick.labelcolor": INK,
-    "ytick.labelcolor": INK,
-    "legend.frameon": False,
-    "figure.facecolor": "white",
-    "savefig.facecolor": "white",
-    "savefig.bbox": "standard",
-}
-
-
-@contextlib.contextmanager
-def drawing(path: str | Path, width: float, height: float, *, palette: int = 0) -> Iterator:
-    """Yields a figure of that size in inches; writes it to `path` when the block ends.
-
-    A `palette` of so many colours makes the files of drawings without photographs far smaller.
-    """
-    import matplotlib.style
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from PIL import Image
-
-    with matplotlib.style.context(["default", _STYLE]):  # whatever the user's matplotlibrc says
-        figure = Figure(figsize=(width, height), dpi=_DPI, layout="constrained")
-        figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08)
-        canvas = FigureCanvasAgg(figure)
-        yield figure
-        with warnings.catch_warnings():
-            # Class names in scripts that the font lacks are drawn as boxes.
-            warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-            canvas.draw()
-        picture = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
-        if palette:
-            picture = picture.quantize(palette, dither=Image.Dither.NONE)
-        _save(picture, path)
-
-
-def _save(picture, path: str | Path) -> None:
-    try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        picture.save(path, format="png")
-    except OSError as error:
-        raise UserError(f"cannot write the picture {path}: {error.strerror}") from error
-
-
-def _short(name: str, most: int) -> str:
-    """Cuts the middle out of a long name: its end may be what tells it from the next."""
-    if len(name) <= most:
-        return name
-    tail = (most - 1) // 2
-    return name[: most - 1 - tail].rstrip() + "\u2026" + name[len(name) - tail :].lstrip()
-
-
-def _grid(
-    images: np.ndarray,
-    titles: Sequence[str],
-    colors: Sequence[str],
-    heading: str,
-    path: str | Path,
-) -> str | Path:
-    """Draws the images, ten in a row, each under its title (of one or two lines)."""
-    count = len(images)
-    if count == 0:
-        raise UserError(f"no images to draw in {path}")
-    columns = min(GRID_COLUMNS, count)
-    rows = math.ceil(count / columns)
-    lines = max(title.count("\n") + 1 for title in titles)
-    side, gap, above, head = 1.2, 0.1, 0.05 + 0.14 * lines, 0.3  # inches
-    # A narrow grid still leaves room for its heading.
-    width = max(columns * (side + gap) + gap, 4.5)
-    height = head + rows * (above + side + gap)
-    with drawing(path, width, height) as figure:
-        # Placed by hand on one axis, in inches: laying out and measuring 20 axes takes longer than
-        # drawing them.
-        figure.set_layout_engine("none")
-        figure.text(gap / width, 1 - 0.08 / height, heading, fontsize=11, va="top")
-        axis = figure.add_axes((0, 0, 1, 1), frameon=False)
-        axis.set_axis_off()
-        for k, (image, title, color) in enumerate(zip(images, titles, colors, strict=True)):
-            row, column = divmod(k, columns)
-            left, low = gap + column * (side + gap), height - head - (row + 1) * (above + side)
-            low -= row * gap
-            place = (left, left + side, low, low + side)
-            axis.imshow(image, extent=place, interpolation="nearest", aspect="auto")
-            middle, top = left + side / 2, low + side + 3 / 72
-            axis.text(middle, top, title, color=color, fontsize=8.5, ha="center", va="bottom")
-        axis.set(xlim=(0, width), ylim=(0, height))
-    return path
 
 
 def training_grid(
@@ -153,8 +37,8 @@ def training_grid(
       UserError: no images, or the file cannot be written.
     """
     images, labels = images[:GRID_IMAGES], labels[:GRID_IMAGES]
-    titles = [_short(class_names[label], 16) for label in labels]
-    return _grid(images, titles, [INK] * len(titles), heading, path)
+    titles = [short(class_names[label], 16) for label in labels]
+    return grid(images, titles, [INK] * len(titles), heading, path)
 
 
 def _pair_titles(firsts: Sequence[str], seconds: Sequence[str]) -> list[str]:
@@ -163,7 +47,7 @@ def _pair_titles(firsts: Sequence[str], seconds: Sequence[str]) -> list[str]:
     if all(len(title) <= 18 for title in joined):
         return joined
     return [
-        f"{_short(first, 17)}\n({_short(second, 15)})"
+        f"{short(first, 17)}\n({short(second, 15)})"
         for first, second in zip(firsts, seconds, strict=True)
     ]
 
@@ -192,7 +76,7 @@ def predictions(
     )
     colors = [GREEN if ok else RED for ok in right]
     heading = f"Test images: predicted (true), {right.sum()} of {len(right)} right"
-    return _grid(images, titles, colors, heading, path)
+    return grid(images, titles, colors, heading, path)
 
 
 def mistakes(
@@ -221,14 +105,14 @@ def mistakes(
         with drawing(path, 6, 1) as figure:
             figure.text(0.5, 0.5, f"No mistakes in {len(true):,} images", ha="center", va="center")
         return path
-    firsts = [f"{_short(class_names[predicted[i]], 11)} {_percent(sure[i])}" for i in worst]
+    firsts = [f"{short(class_names[predicted[i]], 11)} {_percent(sure[i])}" for i in worst]
     titles = _pair_titles(firsts, [class_names[true[i]] for i in worst])
     heading = (
         f"Most confident mistakes, of {len(wrong):,}: predicted, its probability, (true)"
         if len(worst) > 4
         else "Most confident mistakes"
     )
-    return _grid(images[worst], titles, [RED] * len(worst), heading, path)
+    return grid(images[worst], titles, [RED] * len(worst), heading, path)
 
 
 def _percent(probability: float) -> str:
@@ -280,7 +164,7 @@ def channels(image: np.ndarray, path: str | Path) -> str | Path:
             picture.paste(square(value, grey[y, x, k]), at)
     # 64 levels of grey look the same and halve the file; black and white stay what they are.
     levels = (np.asarray(picture) * (63 / 255)).round() * (255 / 63)
-    _save(Image.fromarray(levels.round().astype(np.uint8)), path)
+    save(Image.fromarray(levels.round().astype(np.uint8)), path)
     return path
 
 
@@ -370,7 +254,7 @@ def confusion_matrix(
         axis = figure.subplots()
         picture = axis.imshow(share, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
         axis.set_title(f"Accuracy {100 * right / max(total, 1):.2f} % ({right}/{total})", pad=10)
-        names = [_short(name, 20) for name in class_names][::every]
+        names = [short(name, 20) for name in class_names][::every]
         at = range(0, classes, every)
         axis.set_xticks(at, names, rotation=90 if classes > 20 else 45, fontsize=font)
         for label in axis.get_xticklabels():

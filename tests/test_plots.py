@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cifar_jax import plots
+from cifar_jax import canvas, plots
 from cifar_jax.errors import UserError
 
 NAMES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
@@ -36,10 +36,10 @@ def test_predictions_are_green_when_right_and_red_when_wrong(images, tmp_path):
     labels = np.arange(24) % 10
     right = pixels(plots.predictions(images, labels, labels, NAMES, tmp_path / "right.png"))
     wrong = pixels(plots.predictions(images, labels, 9 - labels, NAMES, tmp_path / "wrong.png"))
-    assert count(right, plots.GREEN) > 100
-    assert count(right, plots.RED) == 0
-    assert count(wrong, plots.RED) > 100
-    assert count(wrong, plots.GREEN) == 0
+    assert count(right, canvas.GREEN) > 100
+    assert count(right, canvas.RED) == 0
+    assert count(wrong, canvas.RED) > 100
+    assert count(wrong, canvas.GREEN) == 0
 
 
 @pytest.mark.parametrize("number", [1, 3, 12, 24])
@@ -58,7 +58,7 @@ def test_grid_holds_the_images_themselves(images, tmp_path, number):
 def test_mistakes_are_the_surest_ones_in_order(images, tmp_path, monkeypatch):
     drawn = {}
     monkeypatch.setattr(
-        plots, "_grid", lambda images, titles, *rest: drawn.update(images=images, titles=titles)
+        plots, "grid", lambda images, titles, *rest: drawn.update(images=images, titles=titles)
     )
     true = np.zeros(24, int)
     predicted = np.where(np.arange(24) < 12, 1, 0)
@@ -112,15 +112,15 @@ def test_curves_mark_the_best_epoch_and_survive_gaps(tmp_path):
     rows.insert(0, {"kind": "window", "epoch": 1, "step": 50, "loss": 2.2})
     rows.append({"kind": "test", "test_loss": 1.0})
     picture = pixels(plots.curves(rows, tmp_path / "curves.png", heading="dropout"))
-    assert count(picture, plots.BLUE) > 200
-    assert count(picture, plots.ORANGE) > 100
+    assert count(picture, canvas.BLUE) > 200
+    assert count(picture, canvas.ORANGE) > 100
 
 
 def test_curves_without_validation_have_no_validation_line(tmp_path):
     rows = [{"kind": "epoch", "epoch": 1, "step": 5, "train_loss": 1.0, "train_accuracy": 0.3}]
     picture = pixels(plots.curves(rows, tmp_path / "curves.png"))
-    assert count(picture, plots.ORANGE) == 0
-    assert count(picture, plots.BLUE) > 20
+    assert count(picture, canvas.ORANGE) == 0
+    assert count(picture, canvas.BLUE) > 20
     with pytest.raises(UserError, match="no epoch"):
         plots.curves([], tmp_path / "none.png")
 
