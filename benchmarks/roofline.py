@@ -161,11 +161,11 @@ def main() -> None:
     if any(case.kind != "train" for case in cases) or args.windows < 1 or args.seconds <= 0:
         raise UserError("--cases are training cases; --windows at least 1, --seconds above 0")
 
-    from cifar_jax import hardware, parallel
+    from cifar_jax import hardware, program_cache
     from cifar_jax.datasets import load_dataset
 
     hardware.select_platform(args.device)
-    parallel.enable_compilation_cache()
+    program_cache.enable()
     dataset = load_dataset("cifar10", data_dir=args.data_dir)
     rates = machine_rates()
     head = results.header()

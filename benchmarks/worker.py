@@ -165,10 +165,10 @@ def main() -> None:
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])
         os.environ["OMP_NUM_THREADS"] = str(args.threads)
     if is_ours(args.side):
-        from cifar_jax import hardware, parallel
+        from cifar_jax import hardware, program_cache
 
         hardware.select_platform(args.device)
-        parallel.enable_compilation_cache()
+        program_cache.enable()
 
     from benchmarks.cases import parse
     from cifar_jax.datasets import load_dataset

@@ -226,13 +226,14 @@ def add_host_options(parser: Parser) -> None:
 
 def start_device(options: argparse.Namespace) -> None:
     """Takes the device and the lowering that the options name. Raises `UserError`."""
-    from cifar_jax import hardware, parallel
+    from cifar_jax import hardware, program_cache
     from cifar_jax.models.lowering import LOWERINGS
 
     if options.conv not in LOWERINGS:
         raise UserError(f"unknown --conv {options.conv!r}; {nearest(options.conv, LOWERINGS)}")
     hardware.select_platform(options.device)
-    parallel.enable_compilation_cache()
+    program_cache.enable()
+    program_cache.mend()
 
 
 def stay_on_cpu() -> None:

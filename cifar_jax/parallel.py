@@ -7,7 +7,6 @@ record that stays on the device until it is asked for.
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -34,19 +33,6 @@ def pad_to_divide(x: jax.Array, devices: int, fill: int, axis: int = 1) -> jax.A
     padding = [(0, 0)] * x.ndim
     padding[axis] = (0, missing)
     return jnp.pad(x, padding, constant_values=fill)
-
-
-def enable_compilation_cache() -> str:
-    """Turns on JAX's persistent compilation cache in the user's cache directory.
-
-    Small programs are kept too: a run starts with some thirty of them, a second's compiling.
-    A directory the user set (`JAX_COMPILATION_CACHE_DIR`) wins. Returns the directory.
-    """
-    if jax.config.jax_compilation_cache_dir is None:
-        base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-        jax.config.update("jax_compilation_cache_dir", os.path.join(base, "cifar_jax", "xla"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    return jax.config.jax_compilation_cache_dir
 
 
 def empty_record(steps: int) -> dict[str, jax.Array]:

@@ -201,7 +201,10 @@ with Checkpoints(sys.argv[1]) as c:
 def test_writes_that_fail_in_the_operating_system(tmp_path):
     # A file size limit makes write(2) fail just as a full disk does, and needs no privileges.
     done = subprocess.run(
-        [sys.executable, "-c", FULL_DISK, str(tmp_path)], capture_output=True, text=True
+        [sys.executable, "-c", FULL_DISK, str(tmp_path)],
+        env={**os.environ, "JAX_ENABLE_COMPILATION_CACHE": "0"},  # other tests read from it
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr

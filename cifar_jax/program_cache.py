@@ -1,0 +1,65 @@
+"""JAX's compilation cache on disk: where it is, and what becomes of damaged entries."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import re
+import sys
+import warnings
+from pathlib import Path
+
+import jax
+
+# What JAX warns of, once for each program (jax/_src/compiler.py of 0.10).
+_FAILED = re.compile(
+    r"Error (reading|writing) persistent compilation cache entry for '(.+?)': (.*)"
+)
+
+
+def enable() -> str:
+    """Turns the cache on for this process, in the user's cache directory; returns the directory.
+
+    Small programs are kept too: a run starts with some twenty of them, a second's compiling.
+    A directory the user set (`JAX_COMPILATION_CACHE_DIR`) wins.
+    """
+    if jax.config.jax_compilation_cache_dir is None:
+        base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        jax.config.update("jax_compilation_cache_dir", os.path.join(base, "cifar_jax", "xla"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    return jax.config.jax_compilation_cache_dir
+
+
+@functools.cache  # once is enough
+def mend() -> None:
+    """Has this process remove what it cannot read of the cache, and say so in one line.
+
+    A full disk, or a kill in the middle of a write, leaves half an entry behind; JAX would then
+    warn at every later start, compile, and never replace it.
+    """
+    former, told = warnings.showwarning, set()
+
+    def show(message, *about, **options) -> None:
+        found = _FAILED.match(str(message))
+        if found is None:
+            former(message, *about, **options)
+            return
+        doing, program, why = found.groups()
+        folder, removed = Path(jax.config.jax_compilation_cache_dir), False
+        for entry in folder.glob(f"{program}-*"):
+            with contextlib.suppress(OSError):
+                entry.unlink()
+                removed = True
+        mended = removed and doing == "reading"
+        if mended not in told:
+            told.add(mended)
+            print(_said(mended, folder, why), file=sys.stderr)
+
+    warnings.showwarning = show
+
+
+def _said(mended: bool, folder: Path, why: str) -> str:
+    if mended:
+        return f"cifar_jax: removed damaged programs from the cache {folder}; compiling them again"
+    return f"cifar_jax: cannot keep compiled programs in {folder} ({why}); the run goes on without"
