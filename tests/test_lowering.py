@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec
 from quick import jit
 
 from cifar_jax.errors import UserError
-from cifar_jax.models import epilogue, make_model
+from cifar_jax.models import epilogue, make_model, winograd
 from cifar_jax.models.lowering import choose, convolve, cpu_compiler_options, to_images
 
 # batch, height, width, channels, features, kernel, padding, pool
@@ -75,6 +75,31 @@ def test_lowerings_agree_in_float64(shape):
         arguments = _arrays(0, (n, h, w, c), (k, k, c, f), (f,))
         results = _all_lowerings(arguments, padding=padding, pool=pool)
     _assert_same(results, 1e-12)
+
+
+@pytest.mark.parametrize("shape", [(2, 11, 14, 3, 4, 3, 1, False), (1, 13, 12, 2, 3, 5, 0, True)])
+def test_a_column_at_a_time_is_the_same(shape, monkeypatch):
+    """As for large layers: Winograd's positions in n parts."""
+    monkeypatch.setattr(winograd, "COLUMN_FROM_BYTES", 0)
+    assert len(winograd._parts(6, 3, 3, 10, 4)) == 6
+    test_lowerings_agree_in_float64(shape)
+
+
+@pytest.mark.parametrize("channels", [3, 70])
+@pytest.mark.parametrize("limit", [0, winograd.COLUMN_FROM_BYTES])
+def test_without_a_gradient_the_output_is_the_same(channels, limit, monkeypatch):
+    """Evaluation multiplies by transposed kernels."""
+    monkeypatch.setattr(winograd, "COLUMN_FROM_BYTES", limit)
+    with jax.enable_x64(True):
+        x, kernel = _arrays(5, (2, 9, 10, channels), (3, 3, channels, 70))
+        run = jit(
+            lambda x, k, how: to_images(convolve(x, k, padding=1, lowering=how)),
+            static_argnames="how",
+        )
+        want = np.asarray(run(x, kernel, how="lax"))
+        for lowering in ("gemm", "winograd"):
+            got = np.asarray(run(x, kernel, how=lowering))
+            assert np.abs(got - want).max() < 1e-12 * np.abs(want).max()
 
 
 # The layers of the models, as (channels, features, kernel, padding, size).

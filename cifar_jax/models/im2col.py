@@ -146,16 +146,16 @@ def im2col_conv(x: jax.Array, kernel: jax.Array, g: Geometry) -> jax.Array:
     Returns:
       float [m, m, F, h', w'*N].
     """
-    return _forward(x, kernel, g)[0]
+    return _forward(x, kernel, g, transpose=True)[0]  # see `winograd.winograd_conv`
 
 
-def _forward(x, kernel, g):
+def _forward(x, kernel, g, transpose=False):
     v = patches(x, g)
     spatial = v.shape[3:]
     v = v.reshape(-1, spatial[0] * spatial[1])
     matrix = kernel_matrix(kernel, g.block)
-    y = barrier(product(matrix, v, 0, 0))
-    y = y.reshape(g.block, g.block, kernel.shape[3], *spatial)
+    y = product(barrier(matrix.T), v, 1, 0) if transpose else product(matrix, v, 0, 0)
+    y = barrier(y).reshape(g.block, g.block, kernel.shape[3], *spatial)
     return y, (v, matrix, kernel)
 
 
