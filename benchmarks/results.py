@@ -52,7 +52,8 @@ def shown(args: argparse.Namespace, table: Callable[[dict], str]) -> bool:
     if not args.show:
         return False
     try:
-        print(table(json.loads(args.show.read_text())))
+        text = table(json.loads(args.show.read_text()))
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"--show {args.show} is not a result file: {error}") from None
+    print(text)  # outside: a closed pipe is no fault of the file
     return True
