@@ -233,7 +233,6 @@ def start_device(options: argparse.Namespace) -> None:
         raise UserError(f"unknown --conv {options.conv!r}; {nearest(options.conv, LOWERINGS)}")
     hardware.select_platform(options.device)
     program_cache.enable()
-    program_cache.mend()
 
 
 def stay_on_cpu() -> None:

@@ -22,17 +22,18 @@ def enable() -> str:
     """Turns the cache on for this process, in the user's cache directory; returns the directory.
 
     Small programs are kept too: a run starts with some twenty of them, a second's compiling.
-    A directory the user set (`JAX_COMPILATION_CACHE_DIR`) wins.
+    A directory the user set (`JAX_COMPILATION_CACHE_DIR`) wins. Damaged entries are removed.
     """
     if jax.config.jax_compilation_cache_dir is None:
         base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
         jax.config.update("jax_compilation_cache_dir", os.path.join(base, "cifar_jax", "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    _mend()
     return jax.config.jax_compilation_cache_dir
 
 
 @functools.cache  # once is enough
-def mend() -> None:
+def _mend() -> None:
     """Has this process remove what it cannot read of the cache, and say so in one line.
 
     A full disk, or a kill in the middle of a write, leaves half an entry behind; JAX would then

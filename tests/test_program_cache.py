@@ -12,7 +12,6 @@ import resource, signal, sys, warnings
 import jax, jax.numpy as jnp
 from cifar_jax import program_cache
 folder = program_cache.enable()
-program_cache.mend()
 if len(sys.argv) > 1:
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.RLIM_INFINITY))
