@@ -42,15 +42,12 @@ class ReplicaSide(Side):
         self.row += self.chunk
         return self.replicas * self.chunk * self.orders.shape[2]
 
-    def size_chunk(self, seconds: float, most: int) -> None:
-        """Sets the chunk to about `seconds`, by the second of two short ones."""
-        self.chunk = min(2, self.orders.shape[1])
-        for _ in range(2):
-            start = time.perf_counter()
-            self.dispatch()
-            self.sync()
-            taken = time.perf_counter() - start
-        self.chunk = int(max(1, min(most, self.orders.shape[1], seconds * self.chunk / taken)))
+    def timed(self) -> float:
+        """Returns the seconds of one dispatch."""
+        start = time.perf_counter()
+        self.dispatch()
+        self.sync()
+        return time.perf_counter() - start
 
 
 class OurReplicas(ReplicaSide):
@@ -93,7 +90,6 @@ class OurReplicas(ReplicaSide):
             tree = (replicas.stack(states), replicas.stack(records), alive)
             return replicas.split_evenly(tree, mesh)
 
-        most = 10**9 if jax.default_backend() == "cpu" else 256  # where a length is a program
         count = min(compared_steps(recipe), self.orders.shape[1])
         self.changing = fresh()
         self.train = replicas.compile_training(plain_step(run), self.form, mesh)
@@ -101,13 +97,19 @@ class OurReplicas(ReplicaSide):
         record = {name: np.asarray(values[0][:count]) for name, values in self.changing[1].items()}
         self.changing = fresh()
         self.train = group.make_programs(run, self.form, mesh).train
-        self.size_chunk(0.3, most)
+        self.settle(parallel.Chunks(len(self.orders[0]), seconds=group.CHUNK_SECONDS))
         self.warm_up(seconds)
         return {
             "losses": (record["loss"] / record["count"]).tolist(),
             "compile_seconds": compile_seconds() - compiled,
             "data_seconds": data_seconds,
         }
+
+    def settle(self, chunks) -> None:
+        """Sets the chunk to what `parallel.Chunks` comes to in training, after a few of them."""
+        for _ in range(7):  # the first compiles, and each grows by 8 times at most
+            self.chunk = chunks.next(len(self.orders[0]))
+            chunks.ran(self.chunk, self.timed())
 
     def steps(self, row: int, count: int) -> None:
         own = (*self.changing, self.order, {})
@@ -160,7 +162,9 @@ class TorchReplicas(ReplicaSide):
         losses = [float(self._step(row)[0]) for row in range(count)]
         self._set_dropout(rates)
         self._start(recipe)
-        self.size_chunk(0.1, 512)
+        self.chunk = min(2, len(self.orders[0]))
+        self.timed()
+        self.chunk = int(max(1, min(512, len(self.orders[0]), 0.1 * self.chunk / self.timed())))
         self.warm_up(seconds)
         return {"losses": losses, "compile_seconds": 0.0, "data_seconds": data_seconds}
 
