@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cifar_jax import records
+from cifar_jax import environment
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def hardware() -> dict:
     """Returns the processor's name and how many of its cores this process may use."""
-    return {"cpu": records.cpu_model(), "cores": records.usable_cores()}
+    return {"cpu": environment.cpu_model(), "cores": environment.usable_cores()}
 
 
 def commit() -> str:
     """Returns the commit in use, marked `-dirty` where the tree differs from it."""
-    return records.commit(ROOT) or "unknown"
+    return environment.commit(ROOT) or "unknown"

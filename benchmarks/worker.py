@@ -19,8 +19,8 @@ import sys
 from pathlib import Path
 
 from benchmarks.machine import ROOT
+from cifar_jax.environment import peak_bytes
 from cifar_jax.errors import UserError
-from cifar_jax.records import peak_bytes
 
 
 class Worker:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from cifar_jax import cli
+from cifar_jax.environment import environment
 from cifar_jax.errors import UserError, nearest, run_command
 
 FORMATS = ("stablehlo", "onnx")
@@ -106,7 +107,6 @@ def to_onnx(trained) -> bytes:
 
 def describe(trained, kind: str, content: bytes) -> dict:
     """Returns what OUT.json holds."""
-    from cifar_jax import records
 
     config = trained.config
     shape = config.dataset["image_shape"]
@@ -123,7 +123,7 @@ def describe(trained, kind: str, content: bytes) -> dict:
         "precision": config.recipe.precision,
         "step": trained.step,
         "platforms": list(PLATFORMS) if kind == "stablehlo" else [],
-        "versions": records.environment()["versions"],
+        "versions": environment()["versions"],
     }
 
 

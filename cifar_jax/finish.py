@@ -8,6 +8,7 @@ import numpy as np
 
 from cifar_jax import augment, feed, inference, records, report, steps
 from cifar_jax.clock import peak_memory
+from cifar_jax.environment import environment
 from cifar_jax.from_recipe import input_shape
 from cifar_jax.model_summary import format_table, summarise
 from cifar_jax.models import fold
@@ -52,14 +53,14 @@ def summarize(run: Run, trained: dict, found: dict) -> dict:
         "seconds": seconds,
         "seconds_to_first_step": run.clock.first_step,
         "peak_memory_bytes": peak_memory(),
-        **records.environment(),
+        **environment(),
     }
 
 
 def opening_lines(run: Run, workdir: Path) -> list[str]:
     """Returns what a run says before it trains: device, data, precision, model, directory."""
-    recipe, environment = run.config.recipe, records.environment()
-    device, cpu = environment["device"], environment["cpu"]
+    recipe, here = run.config.recipe, environment()
+    device, cpu = here["device"], here["cpu"]
     where = f"{device['count']} x {device['kind']} ({device['platform']})"
     if device["platform"] == "cpu":
         where = f"cpu, {cpu['usable']} cores ({cpu['model']})"
@@ -70,7 +71,7 @@ def opening_lines(run: Run, workdir: Path) -> list[str]:
     split = f"{train:,} training, {len(run.validation):,} validation, {tested:,} test images"
     seeds = f"of each of {show_seeds(run.config.seeds)}" if run.config.seeds else run.config.seed
     lines = [
-        f"Device     {where}, jax {environment['versions']['jax']}",
+        f"Device     {where}, jax {here['versions']['jax']}",
         f"Data set   {run.dataset.source}",
         f"Split      {split}, seed {seeds}",
         f"Precision  {recipe.precision}, convolutions {run.options.lowering}",

@@ -21,9 +21,14 @@ from cifar_jax import feed, from_recipe, optimizers, parallel, replicas, report,
 from cifar_jax.checkpoints import Checkpoints
 from cifar_jax.clock import seconds_since_start
 from cifar_jax.errors import UserError
+from cifar_jax.progress import Progress
 from cifar_jax.records import MetricsLog, read_metrics
 from cifar_jax.run import Run
 from cifar_jax.training import Interrupted, Print
+
+# Longer than one run's chunk: every replica's state goes in and out of each. 256 runs of the
+# tutorial on two cores: 6,083 images/s in chunks of 0.3 s, 12,072 of 1 s, 11,992 of 4 s.
+CHUNK_SECONDS = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +93,7 @@ class Group:
       folder: for the group's `metrics.jsonl` (rows of a single run and their run's `member`, its
         place in the group) and `checkpoints`.
       stop, say: as in `training.train`.
-      bar: a `report.Progress` over the images of all groups.
+      bar: a `Progress` over the images of all groups.
       names: what messages call the members, by default after their seeds.
     """
 
@@ -99,7 +104,7 @@ class Group:
         folder: Path,
         stop: Callable[[], int | None],
         say: Print,
-        bar: report.Progress,
+        bar: Progress,
         numbers: dict[str, np.ndarray] | None = None,
         names: Sequence[str] | None = None,
     ):
@@ -109,8 +114,7 @@ class Group:
         self.stop, self.say, self.bar = stop, say, bar
         self.log = MetricsLog(folder / "metrics.jsonl")
         self.checkpoints = Checkpoints(folder / "checkpoints")
-        # Longer than one run's: states go in and out of every chunk.
-        self.chunks = parallel.Chunks(self.run.steps_per_epoch, seconds=1.0)
+        self.chunks = parallel.Chunks(self.run.steps_per_epoch, seconds=CHUNK_SECONDS)
         self.saved_at = time.monotonic()
         self.numbers = self._place(numbers or {})
         self.data: dict[str, jax.Array] = {}

@@ -18,9 +18,11 @@ from cifar_jax import group_size, published, records, replicas, report
 from cifar_jax import spread as spreads
 from cifar_jax.checks import check_first_forward
 from cifar_jax.clock import Clock, peak_memory
+from cifar_jax.environment import environment
 from cifar_jax.errors import UserError
 from cifar_jax.group import Group, Position, Programs, make_programs
 from cifar_jax.members import folder_of, write_members
+from cifar_jax.progress import Progress
 from cifar_jax.run import Run
 from cifar_jax.training import Interrupted, Print
 from cifar_jax.workdir import Config, show_seeds, write_json
@@ -94,7 +96,7 @@ def train_and_test(
     members = [run.with_config(_config_of(run, seed)) for seed in run.config.seeds]
     say(check_first_forward(run, run.create(initial=run.initial)))
     images = recipe.epochs * len(run.training)
-    with report.Progress(images * len(members)) as bar:
+    with Progress(images * len(members)) as bar:
         done = train_groups(
             members,
             plan,
@@ -116,7 +118,7 @@ def train_groups(
     is_intact: Callable[[Sequence[Run], Any], bool],
     stop: Callable[[], int | None],
     say: Print,
-    bar: report.Progress,
+    bar: Progress,
     numbers: Mapping[str, np.ndarray] | None = None,
     names: Sequence[str] | None = None,
 ) -> list[dict]:
@@ -242,7 +244,7 @@ def _finish(
             "images_per_second": images / training if training else None,
             "seconds": seconds,
             "peak_memory_bytes": peak_memory(),
-            **records.environment(),
+            **environment(),
         }
     )
     if run.options.plots:

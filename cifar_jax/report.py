@@ -1,15 +1,13 @@
 """What a run shows: sums become rates, rows and results become lines of text.
 
-Everything but `Progress` is a pure function from values to values or strings; the training
-loop prints. A *row* is one line of `metrics.jsonl`, see `cifar_jax.records`.
+Pure functions from values to values or strings; the training loop prints. A *row* is one line of
+`metrics.jsonl`, see `cifar_jax.records`.
 """
 
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Mapping, Sequence
-from typing import TextIO
 
 import numpy as np
 
@@ -246,70 +244,3 @@ def timing_line(seconds: Mapping[str, float], images_per_second: float | None = 
     if images_per_second is None:
         return f"Time: {parts}"
     return f"Time: {parts}; {images_per_second:,.0f} training images/s"
-
-
-def printable(text: str, stream: TextIO) -> str:
-    """Returns `text` with what the stream's encoding cannot hold written as escapes."""
-    encoding = getattr(stream, "encoding", None) or "utf-8"
-    return text.encode(encoding, "backslashreplace").decode(encoding)
-
-
-class Progress:
-    """A bar over the images of a whole run: loss, images/s and time left; a context manager.
-
-    It is drawn on stderr, and only where that is a terminal; `print` writes to stdout above it.
-
-    Args:
-      total: images the run trains on, all epochs together.
-      done: images trained on before (a resumed run); they do not count in images/s.
-      stream: where the bar goes, stderr by default.
-      shown: False draws nothing at all.
-    """
-
-    def __init__(
-        self, total: int, *, done: int = 0, stream: TextIO | None = None, shown: bool = True
-    ):
-        from tqdm import tqdm
-
-        stream = sys.stderr if stream is None else stream
-        self._bar = tqdm(
-            total=total,
-            initial=done,
-            file=stream,
-            disable=not (shown and stream.isatty()),
-            unit=" images",
-            unit_scale=True,
-            dynamic_ncols=True,
-            miniters=1,
-            mininterval=0.2,
-            leave=False,
-            bar_format="{desc}{percentage:3.0f}% |{bar}| {rate_fmt}, {remaining} left{postfix}",
-        )
-
-    def update(self, images: int, *, epoch: int, loss: float) -> None:
-        """Moves the bar on by `images`; `loss` is the latest mean loss."""
-        self._bar.set_description_str(f"epoch {epoch} ", refresh=False)
-        self._bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
-        self._bar.update(images)
-
-    def skip(self, images: int) -> None:
-        """Moves the bar on by images that were trained on before; they do not count in images/s."""
-        if not self._bar.disable:
-            self._bar.initial += images
-            self._bar.n += images
-            self._bar.refresh()
-
-    def print(self, text: str) -> None:
-        """Prints `text` to stdout without breaking the bar."""
-        self._bar.write(printable(text, sys.stdout), file=sys.stdout)
-        sys.stdout.flush()
-
-    def close(self) -> None:
-        """Takes the bar away. A closed bar still prints."""
-        self._bar.close()
-
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.close()

@@ -15,8 +15,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from cifar_jax import records
 from cifar_jax.checkpoints import Checkpoints, Restored
+from cifar_jax.environment import environment
 from cifar_jax.errors import UserError
 from cifar_jax.hosts import store
 
@@ -88,7 +88,7 @@ def check_same(mine: Mapping[str, Any], seconds: float = 3600) -> None:
 
 def settings(run) -> dict[str, Any]:
     """Returns what must be the same in all processes of a run (`run.Run`)."""
-    about, config = records.environment(), run.config.to_dict()
+    about, config = environment(), run.config.to_dict()
     init = config.pop("init_from", None) or {}
     return {
         **config,

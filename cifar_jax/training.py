@@ -30,6 +30,7 @@ from cifar_jax.checks import check_first_forward, check_loss, check_weights, stu
 from cifar_jax.clock import seconds_since_start
 from cifar_jax.datasets import record_source
 from cifar_jax.errors import UserError
+from cifar_jax.progress import Progress
 from cifar_jax.records import MetricsLog, TensorBoardLog, read_metrics
 from cifar_jax.run import Run
 
@@ -70,7 +71,7 @@ def train(
         data = _resident(run)
         images_done = _images(run, position)
         with (
-            report.Progress(
+            Progress(
                 recipe.epochs * len(run.training), done=images_done, shown=together.is_leader()
             ) as bar,
             _tensorboard(run, workdir, position) as events,

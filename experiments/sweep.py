@@ -149,8 +149,9 @@ class Sweep:
 
     def train(self, workdir: Path, stop, say) -> tuple[list[dict], dict]:
         """Trains what is missing; returns a row for each run, and {phase: seconds}."""
-        from cifar_jax import from_recipe, many, replicas, report
+        from cifar_jax import from_recipe, many, replicas
         from cifar_jax.clock import Clock
+        from cifar_jax.progress import Progress
         from cifar_jax.run import make_run
 
         rows, seconds = [], {}
@@ -177,7 +178,7 @@ class Sweep:
                 f"{len(runs)} runs together, {plan.size} at a time, form {plan.programs.form}, "
                 f"{replicas.describe_mesh(plan.programs.mesh)}"
             )
-            with report.Progress(base.epochs * len(run.training) * len(runs)) as bar:
+            with Progress(base.epochs * len(run.training) * len(runs)) as bar:
                 done = many.train_groups(
                     members,
                     plan,
@@ -257,6 +258,7 @@ def by_point(points: Sequence[Mapping], rows: Sequence[Mapping]) -> list[dict]:
 def report(config, varied, points, rows, seconds, workdir: Path, say) -> dict:
     """Writes `results.csv`, `summary.json` and the pictures; prints the best points."""
     from cifar_jax import records
+    from cifar_jax.environment import environment
     from cifar_jax.workdir import write_json
     from experiments import figures
 
@@ -289,7 +291,7 @@ def report(config, varied, points, rows, seconds, workdir: Path, say) -> dict:
             "ranked_by": chosen_by,
             "best": ranked[0] if ranked else None,
             "seconds": seconds,
-            **records.environment(),
+            **environment(),
         }
     )
     write_json(workdir / "summary.json", summary)

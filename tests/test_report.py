@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 
 from cifar_jax import records, report
+from cifar_jax.environment import environment
 from cifar_jax.errors import UserError
+from cifar_jax.progress import Progress, printable
 
 NAMES = ["cat", "ship", "airplane", "dog"]
 
@@ -115,8 +117,8 @@ def test_timing_line():
 
 def test_names_that_the_terminal_cannot_show_are_escaped():
     stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
-    assert report.printable("고 cat", stream) == "\\uace0 cat"
-    assert report.printable("고 cat", io.StringIO()) == "고 cat"
+    assert printable("고 cat", stream) == "\\uace0 cat"
+    assert printable("고 cat", io.StringIO()) == "고 cat"
 
 
 class _Terminal(io.StringIO):
@@ -126,7 +128,7 @@ class _Terminal(io.StringIO):
 
 def test_progress_shows_loss_and_rate_on_a_terminal_only(capsys):
     for stream in (_Terminal(), io.StringIO()):
-        with report.Progress(1000, done=200, stream=stream) as progress:
+        with Progress(1000, done=200, stream=stream) as progress:
             progress.update(300, epoch=2, loss=1.2345)
             progress._bar.refresh()
             progress.print("a line")
@@ -287,7 +289,7 @@ def test_summary_is_whole_or_as_before(tmp_path):
 
 
 def test_environment_names_versions_device_and_processor_but_not_the_machine():
-    found = records.environment()
+    found = environment()
     assert found["versions"]["jax"].count(".") >= 2
     assert all(found["versions"].values())
     assert found["device"] == {"platform": "cpu", "kind": "cpu", "count": 8, "processes": 1}
