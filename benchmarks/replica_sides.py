@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.cases import Case, full_batches
-from benchmarks.sides import Side, compared_steps, plain_step, read_weights
+from benchmarks.sides import Side, compared_steps, plain_step
+from benchmarks.torch_side import read_weights
 
 
 def replica_orders(images: int, batch_size: int, replicas: int) -> np.ndarray:

@@ -94,7 +94,8 @@ def is_ours(side: str) -> bool:
 
 def make_side(name: str, device: str):
     """Returns the side called `name` (see `Worker`)."""
-    from benchmarks.sides import Ours, PyTorch
+    from benchmarks.sides import Ours
+    from benchmarks.torch_side import PyTorch
 
     form, _, replicas = name.rpartition("-")
     if replicas.isdecimal():

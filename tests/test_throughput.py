@@ -8,7 +8,7 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="the benchmark needs torch")
 
-from benchmarks import cases, sides, statistics, throughput, worker  # noqa: E402
+from benchmarks import cases, sides, statistics, throughput, torch_side, worker  # noqa: E402
 from cifar_jax.datasets import Dataset, Split  # noqa: E402
 from cifar_jax.errors import UserError  # noqa: E402
 
@@ -171,7 +171,7 @@ def test_both_sides_do_the_same_work(text, small, tmp_path):
     found = ours.prepare(case, small, "float32", weights, 0.01)
     count = 8 if case.kind == "train" else 1
     assert len(found["losses"]) == count
-    theirs = sides.PyTorch("eager", "cpu")
+    theirs = torch_side.PyTorch("eager", "cpu")
     expected = theirs.prepare(case, small, "float32", weights, 0.01)
     assert statistics.largest_difference(found["losses"], expected["losses"]) < 1e-3
     if case.kind == "train":
@@ -210,7 +210,7 @@ def test_peers_start_from_the_weights_and_batches_given(text, peer, small, tmp_p
     np.savez(tmp_path / "weights.npz", **flat)
     case, found = cases.parse(text), []
     for name in ("eager", peer):
-        side = sides.PyTorch(name, "cpu")
+        side = torch_side.PyTorch(name, "cpu")
         found.append(side.prepare(case, small, "float32", tmp_path / "weights.npz", 0.01))
         images, seconds = side.window()
         assert images % (8 if case.kind == "train" else 30) == 0 < images
@@ -226,5 +226,5 @@ def test_what_cannot_run_gives_its_reason(small, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     np.savez(weights)
     with pytest.raises(NotRun, match="GPU") as reason:
-        sides.PyTorch("cudagraph", "cpu").prepare(case, small, "float32", weights, 0.01)
+        torch_side.PyTorch("cudagraph", "cpu").prepare(case, small, "float32", weights, 0.01)
     assert worker.not_run(reason.value) == {"not_run": "a CUDA graph needs a GPU"}
