@@ -13,9 +13,7 @@ loss is not finite is frozen, reported, and disturbs no other.
 from __future__ import annotations
 
 import argparse
-import csv
 import dataclasses
-import io
 import shlex
 import signal
 import sys
@@ -27,9 +25,8 @@ from cifar_jax.errors import UserError, lookup, run_command
 from cifar_jax.models import MODELS
 from cifar_jax.recipes import MODEL_RECIPES, RECIPES, Recipe
 from experiments import axes as axes_of
+from experiments import sweep_report
 from experiments.axes import Axis
-
-FIGURES = ("test_accuracy", "test_loss", "validation_accuracy", "validation_loss", "best_epoch")
 
 
 def make_parser() -> cli.Parser:
@@ -130,7 +127,7 @@ def main(arguments: Sequence[str] | None = None, say=print) -> dict:
             say(f"Stopped by {signal.Signals(number).name} after step {step}; all is saved.")
             say(f"Go on with: python -m experiments.sweep {again}")
             raise SystemExit(128 + number) from None
-        return report(config, varied, points, rows, seconds, workdir, say)
+        return sweep_report.report(config, varied, points, rows, seconds, workdir, say)
 
 
 class Sweep:
@@ -155,8 +152,8 @@ class Sweep:
         from cifar_jax.run import make_run
 
         rows, seconds = [], {}
-        shown = f"{len(self.points)} points, {len(self.config.seeds)} seeds each"
-        say(f"Sweep      {self.count} runs: {shown}, in {len(self.programs)} programs; {workdir}")
+        what = f"{len(self.points)} points, {len(self.config.seeds)} seeds each"
+        say(f"Sweep      {self.count} runs: {what}, in {len(self.programs)} programs; {workdir}")
         for number, (static, places) in enumerate(self.programs):
             runs = [(self.points[i], seed) for i in places for seed in self.config.seeds]
             fixed = self.config.recipe.replace(**static)
@@ -173,7 +170,7 @@ class Sweep:
                 from_recipe.swept_step_of(base, run.model, run.steps_per_epoch),
             )
             if static:
-                say(f"Program {number + 1} of {len(self.programs)}: {_shown(static)}")
+                say(f"Program {number + 1} of {len(self.programs)}: {sweep_report.shown(static)}")
             say(
                 f"{len(runs)} runs together, {plan.size} at a time, form {plan.programs.form}, "
                 f"{replicas.describe_mesh(plan.programs.mesh)}"
@@ -183,13 +180,13 @@ class Sweep:
                     members,
                     plan,
                     workdir / "groups" / f"program-{number}",
-                    rows_of,
+                    sweep_report.rows_of,
                     lambda *_: True,
                     stop,
                     bar.print if say is print else say,
                     bar,
                     numbers,
-                    [f"{_shown(point)}, seed {seed}" for point, seed in runs],
+                    [f"{sweep_report.shown(point)}, seed {seed}" for point, seed in runs],
                 )
             results = [row for part in done for row in part["result"]]
             rows += [
@@ -205,98 +202,6 @@ class Sweep:
     def _config_of(self, point: Mapping, seed: int):
         recipe = self.config.recipe.replace(**point, log_every=0)
         return dataclasses.replace(self.config, recipe=recipe, seed=seed, seeds=(), axes=None)
-
-
-def _shown(point: Mapping) -> str:
-    return ", ".join(
-        f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
-        for name, value in point.items()
-    )
-
-
-def rows_of(training, at) -> list[dict]:
-    """Tests a trained group; returns what is found of each run, None where it diverged."""
-    from cifar_jax import report
-    from cifar_jax.members import test_group
-
-    sums, _, lost = test_group(training, at)
-    rows, logs = [], training.rows()
-    for i, best in enumerate(at.best_rows):
-        tested = report.rates({name: sums[name][i] for name in ("loss", "correct", "count")})
-        last = [row for row in logs[i] if row["kind"] == "epoch"][-1:]
-        shown = best if training.recipe.select_best else (last[0] if last else None)
-        shown = shown or {}
-        found = {
-            "test_accuracy": tested["accuracy"],
-            "test_loss": tested["loss"],
-            "validation_accuracy": shown.get("validation_accuracy"),
-            "validation_loss": shown.get("validation_loss"),
-            "best_epoch": best["epoch"] if best else None,
-        }
-        row = dict.fromkeys(FIGURES) if i in lost else found
-        rows.append({**row, "diverged_at_step": lost.get(i)})
-    return rows
-
-
-def by_point(points: Sequence[Mapping], rows: Sequence[Mapping]) -> list[dict]:
-    """Returns, of every point, its values, how many of its runs diverged, and the spread of what
-    the others found (None where all diverged)."""
-    from cifar_jax.spread import spread
-
-    found = []
-    for place, point in enumerate(points):
-        mine = [row for row in rows if row["point"] == place]
-        good = [row for row in mine if row["diverged_at_step"] is None]
-        summary = {"values": dict(point), "runs": len(mine), "diverged": len(mine) - len(good)}
-        for name in FIGURES[:4]:
-            values = [row[name] for row in good if row[name] is not None]
-            summary[name] = spread(values) if values else None
-        found.append(summary)
-    return found
-
-
-def report(config, varied, points, rows, seconds, workdir: Path, say) -> dict:
-    """Writes `results.csv`, `summary.json` and the pictures; prints the best points."""
-    from cifar_jax import records
-    from cifar_jax.environment import environment
-    from cifar_jax.workdir import write_json
-    from experiments import figures
-
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    (workdir / "results.csv").write_text(text.getvalue(), encoding="utf-8")
-    found = by_point(points, rows)
-    # As the weights are: by validation images, where there are any.
-    validated = any(point["validation_accuracy"] for point in found)
-    chosen_by = "validation_accuracy" if validated else "test_accuracy"
-    ranked = sorted(
-        (point for point in found if point[chosen_by]), key=lambda p: -p[chosen_by]["mean"]
-    )
-    diverged = sum(point["diverged"] for point in found)
-    say("")
-    say(f"{len(rows)} runs, {diverged} diverged; the best points by {chosen_by.replace('_', ' ')}:")
-    for point in ranked[:5]:
-        accuracy = point["test_accuracy"]
-        spread = f" ± {100 * accuracy['std']:.2f}" if accuracy["n"] > 1 else ""
-        say(f"  {_shown(point['values'])}: test accuracy {100 * accuracy['mean']:.2f}{spread} %")
-    names = [axis.name for axis in varied]
-    heading = f"{config.recipe_name}, {len(rows)} runs"
-    pictures = figures.sweep(names, found, workdir / "plots", heading=heading)
-    summary = records.to_json(
-        {
-            **config.to_dict(),
-            "points": found,
-            "ranked_by": chosen_by,
-            "best": ranked[0] if ranked else None,
-            "seconds": seconds,
-            **environment(),
-        }
-    )
-    write_json(workdir / "summary.json", summary)
-    say(f"Written to {workdir}: results.csv, summary.json, {', '.join(p.name for p in pictures)}")
-    return summary
 
 
 if __name__ == "__main__":
