@@ -3,24 +3,23 @@
     python -m experiments.lowerings --recipe tutorial --seeds 0:8
     python -m experiments.lowerings --recipe dropout --epochs 2 --seeds 0:8
 
-trains every seed with each lowering (same weights, batches and draws; rounding differs) and
-writes `results/lowerings_<recipe>.json` and `.md`: the accuracies, and the differences from
-`lax`, seed by seed. Runs resume by themselves.
+trains all seeds with each lowering (same weights, batches and draws; rounding differs) and writes
+`results/lowerings_<recipe>.json` and `.md`: the accuracies, and the differences from `lax`, seed by
+seed. Each lowering's runs are one `cifar_jax.train --seeds`, which resumes by itself.
 """
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from cifar_jax import cli
-from cifar_jax.errors import lookup, run_command
+from cifar_jax import cli, train
+from cifar_jax.errors import UserError, lookup, run_command
 from cifar_jax.recipes import RECIPES
 from cifar_jax.records import to_json, write_summary
 from cifar_jax.spread import spread
-from experiments.reproduce import RESULTS, data_words, measure, ours
+from experiments.reproduce import RESULTS, data_words, number, shown
 
 COMPARED = ("lax", "gemm", "winograd")
 
@@ -29,22 +28,23 @@ def compare(runs: dict[str, list[dict]], reference: str = "lax") -> dict:
     """Returns the spread of each lowering's accuracy, and of its differences from `reference`.
 
     Args:
-      runs: {lowering: [run of `reproduce.ours`, in the order of the seeds]}.
+      runs: {lowering: [{"test_accuracy", "test_loss", ...}, in the order of the seeds]}.
 
     Returns:
       {lowering: {"accuracy", "loss" (spreads), "difference": spread of percentage points, seed
-      by seed, "z": its mean over its standard error, None for the reference}}.
+      by seed, "z": its mean over its standard error; None where that is 0 or there is one seed}}.
     """
     found = {}
     for name, rows in runs.items():
-        measured = measure(rows)
-        result = {key: measured[key] for key in ("accuracy", "loss", "values")}
+        values = [100 * row["test_accuracy"] for row in rows]
+        result = {"accuracy": spread(values), "loss": spread([row["test_loss"] for row in rows])}
         if name != reference:
             pairs = zip(rows, runs[reference], strict=True)
-            difference = spread([100 * (a["accuracy"] - b["accuracy"]) for a, b in pairs])
+            points = [100 * (a["test_accuracy"] - b["test_accuracy"]) for a, b in pairs]
+            difference = spread(points)
             error = difference["standard_error"]
             result["difference"] = difference
-            result["z"] = difference["mean"] / error if error > 0 else math.nan
+            result["z"] = difference["mean"] / error if error else None
         found[name] = result
     return found
 
@@ -56,12 +56,10 @@ def table(results: dict) -> str:
         "|---|---|---|---|",
     ]
     for name, row in results.items():
-        accuracy, loss = row["accuracy"], row["loss"]
-        cells = [name, f"{accuracy['mean']:.2f} ± {accuracy['std']:.2f} (n={accuracy['n']})"]
-        cells.append(f"{loss['mean']:.4f} ± {loss['std']:.4f}")
+        cells = [name, shown(row["accuracy"]), shown(row["loss"], 4)]
         if "difference" in row:
-            d = row["difference"]
-            cells.append(f"{d['mean']:+.2f} ± {d['standard_error']:.2f} (se) = {row['z']:.2f} se")
+            mean, error = row["difference"]["mean"], number(row["difference"]["standard_error"], 2)
+            cells.append(f"{mean:+.2f} ± {error} (se) = {number(row['z'], 2)} se")
         else:
             cells.append("")
         lines.append("| " + " | ".join(cells) + " |")
@@ -80,19 +78,21 @@ def main(arguments: Sequence[str] | None = None) -> dict:
     options = parser.parse(arguments)
     recipe = lookup(RECIPES, options.recipe, "recipe")
     epochs = options.epochs or recipe.epochs
-    extra = [*data_words(options), "--epochs", str(epochs)]
-    runs: dict[str, list[dict]] = {name: [] for name in COMPARED}
-    for seed in options.seeds:
-        for name in COMPARED:
-            root = Path(options.runs) / name
-            runs[name] += ours(
-                options.recipe, range(seed, seed + 1), root, [*extra, "--conv", name]
-            )
+    words = ["--recipe", options.recipe, "--epochs", str(epochs), *data_words(options)]
+    words += ["--seeds", ",".join(str(seed) for seed in options.seeds)]
+    runs, kept = {}, {"recipe": options.recipe, "epochs": epochs}
+    for name in COMPARED:
+        workdir = Path(options.runs) / f"{options.recipe}-{name}"
+        summary = train.main([*words, "--conv", name, "--workdir", str(workdir)])
+        if summary["diverged"]:
+            raise UserError(f"--conv {name}: some runs diverged, so seeds cannot be paired")
+        runs[name] = summary["runs"]
+        kept |= {key: summary[key] for key in ("dataset", "versions", "device", "cpu", "commit")}
     results = to_json(compare(runs))
     text = table(results)
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
-    kept = {"recipe": options.recipe, "epochs": epochs, "lowerings": results, "runs": to_json(runs)}
+    kept |= {"lowerings": results, "runs": to_json(runs)}
     write_summary(out / f"lowerings_{options.recipe}.json", kept)
     (out / f"lowerings_{options.recipe}.md").write_text(text, encoding="utf-8")
     print(text)

@@ -89,12 +89,14 @@ def former(file: Path) -> dict:
     return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
 
 
-def _number(value: float | None, digits: int) -> str:
+def number(value: float | None, digits: int) -> str:
+    """Returns `value` in so many digits, "-" for None."""
     return "-" if value is None else f"{value:.{digits}f}"  # no spread of a single run
 
 
-def _shown(value: dict, digits: int = 2) -> str:
-    std = _number(value["std"], digits)
+def shown(value: dict, digits: int = 2) -> str:
+    """Returns mean, standard deviation and number of a `spread`."""
+    std = number(value["std"], digits)
     return f"{value['mean']:.{digits}f} ± {std} (n={value['n']})"
 
 
@@ -108,14 +110,14 @@ def table(results: dict) -> str:
     for name, result in results.items():
         published = ", ".join(f"{value:g}" for value in result["published"]["accuracy"])
         mine, theirs = result["ours"], result["pytorch"]
-        cells = [name, published, _shown(mine["accuracy"])]
+        cells = [name, published, shown(mine["accuracy"])]
         if theirs:
-            errors = _number(result["z"], 2)
+            errors = number(result["z"], 2)
             difference = f"{result['difference']:+.2f} = {errors} se"
-            cells += [_shown(theirs["accuracy"]), difference]
-            cells += [_shown(mine["loss"], 4), _shown(theirs["loss"], 4)]
+            cells += [shown(theirs["accuracy"]), difference]
+            cells += [shown(mine["loss"], 4), shown(theirs["loss"], 4)]
         else:
-            cells += ["not run", "", _shown(mine["loss"], 4), ""]
+            cells += ["not run", "", shown(mine["loss"], 4), ""]
         lines.append(f"| {' | '.join(cells)} |")
     names = next(iter(results.values()))["names"]
     lines += [
@@ -130,7 +132,7 @@ def table(results: dict) -> str:
         for who in ("ours", "pytorch"):
             if result[who]:
                 cells = [
-                    f"{v['mean']:.1f} ± {_number(v['std'], 1)}" for v in result[who]["per_class"]
+                    f"{v['mean']:.1f} ± {number(v['std'], 1)}" for v in result[who]["per_class"]
                 ]
                 lines.append(f"| {name}, {who} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

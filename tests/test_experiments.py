@@ -9,7 +9,7 @@ from experiments import lowerings, reproduce, seeds
 
 
 def run(seed, accuracy, loss=1.0):
-    return {"seed": seed, "accuracy": accuracy, "loss": loss, "classes": [accuracy, 0.5]}
+    return {"seed": seed, "test_accuracy": accuracy, "test_loss": loss}
 
 
 @pytest.mark.parametrize("command", [reproduce.main, lowerings.main])
@@ -32,6 +32,32 @@ def test_lowerings_are_compared_seed_by_seed():
     assert found["gemm"]["z"] == pytest.approx(1.0)
     assert found["winograd"]["difference"]["mean"] == 0
     assert "+0.50 ± 0.50 (se) = 1.00 se" in lowerings.table(found)
+
+
+def test_every_lowering_trains_the_same_seeds_and_diverged_ones_are_not_paired(
+    tmp_path, monkeypatch
+):
+    gains, asked = {"lax": 0.0, "gemm": 0.01, "winograd": -0.02}, []
+    about = {"dataset": {}, "versions": {}, "device": {}, "cpu": {}, "commit": "c"}
+
+    def trained(words):
+        asked.append(words)
+        gain = gains[words[words.index("--conv") + 1]]
+        return about | {"diverged": lost, "runs": [run(3, 0.5 + gain), run(5, 0.6 + gain)]}
+
+    lost = []
+    monkeypatch.setattr(lowerings.train, "main", trained)
+    words = ["--recipe", "adam", "--epochs", "1", "--seeds", "3,5"]
+    words += ["--runs", str(tmp_path / "runs"), "--out", str(tmp_path)]
+    found = lowerings.main(words)
+    assert [w[w.index("--seeds") + 1] for w in asked] == ["3,5"] * 3
+    assert len({w[w.index("--workdir") + 1] for w in asked}) == 3
+    assert found["winograd"]["difference"]["mean"] == pytest.approx(-2.0)
+    written = json.loads((tmp_path / "lowerings_adam.json").read_text())
+    assert (written["epochs"], written["commit"]) == (1, "c")
+    lost = [{"seed": 5, "step": 7}]
+    with pytest.raises(UserError, match="--conv lax: some runs diverged"):
+        lowerings.main(words)
 
 
 def test_reproduce_reads_back_runs_and_keeps_recipes_not_named(tmp_path, monkeypatch):
