@@ -4,7 +4,8 @@
 
 Each convolution of the models alone, with bias, relu and pool: forward and all its gradients
 (not by the images, for a first layer), repeated in one scanned program. Block forms get their
-input as blocks, as the layer before them leaves it. Forms take turns; medians over rounds.
+input as blocks, as the layer before them leaves it. Forms take turns; medians over rounds. Inside a
+scan `lax` may take seconds where the others take milliseconds: such forms run once.
 """
 
 from __future__ import annotations
@@ -84,14 +85,20 @@ def program(shape: tuple, batch: int, form: str):
 
 
 def measure(shape: tuple, batch: int, rounds: int, seconds: float) -> dict:
-    """Returns {"shape", "batch", "auto": the form it takes, "milliseconds": {form: median}}."""
-    runs, lengths = {form: program(shape, batch, form) for form in FORMS}, {}
-    for form, run in runs.items():
-        run(1)
+    """Returns {"shape", "batch", "auto": the form it takes, "milliseconds": {form: median},
+    "once": the forms that are too slow for rounds and were run once}."""
+    runs, lengths, times, once = {}, {}, {}, []
+    for form in FORMS:
+        run = program(shape, batch, form)
+        run(0)  # compiles
         start = time.perf_counter()
-        run(2)
-        lengths[form] = max(2, round(2 * seconds / (time.perf_counter() - start)))
-    times: dict[str, list[float]] = {form: [] for form in FORMS}
+        run(1)
+        first = time.perf_counter() - start
+        times[form] = [1e3 * first]
+        if first > 5 * seconds:
+            once.append(form)
+            continue
+        runs[form], lengths[form], times[form] = run, max(1, round(seconds / first)), []
     for _ in range(rounds):
         for form, run in runs.items():
             start = time.perf_counter()
@@ -103,6 +110,7 @@ def measure(shape: tuple, batch: int, rounds: int, seconds: float) -> dict:
         "batch": batch,
         "auto": choose("auto", kernel, channels, (out_size(shape),) * 2, pool)[0],
         "milliseconds": {form: float(np.median(values)) for form, values in times.items()},
+        "once": once,
     }
 
 
@@ -122,6 +130,7 @@ def table(result: dict) -> str:
         times = row["milliseconds"]
         best = min(times, key=times.get)
         cells = [f"**{times[f]:.3g}**" if f == best else f"{times[f]:.3g}" for f in FORMS]
+        cells = [c + " (once)" * (f in row["once"]) for f, c in zip(FORMS, cells, strict=True)]
         lines.append(f"| {name} | {row['batch']} | {' | '.join(cells)} | {row['auto']} |")
     return "\n".join(lines)
 
@@ -133,15 +142,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=0.2, help="of a form in a round")
     parser.add_argument("--out", type=Path, help="result file (JSON)")
+    results.add_show(parser)
     args = parser.parse_args()
+    if results.shown(args, table):
+        return
     if args.rounds < 1 or args.seconds <= 0:
         raise UserError("--rounds must be at least 1, --seconds above 0")
-    result = {
-        **results.header(),
-        "rows": [measure(*case, args.rounds, args.seconds) for case in SHAPES],
-    }
+    result = {**results.header(), "rows": []}
+    for case in SHAPES:
+        result["rows"].append(measure(*case, args.rounds, args.seconds))
+        results.write(args.out, result)
     print(table(result))
-    results.write(args.out, result)
 
 
 if __name__ == "__main__":
