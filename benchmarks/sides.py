@@ -74,17 +74,13 @@ class Ours(Side):
     """cifar_jax, through the very programs that `cifar_jax.train` runs.
 
     Args:
-      form: `scan`, many steps a dispatch as `cifar_jax.train` does, or `step`, one jitted step
-        a dispatch.
       lowering: the convolutions' (`auto`, `lax`, `gemm`, `winograd`).
       fold: whether VGG16's first linear layer is folded.
       devices: local devices that share a batch, as `cifar_jax.train --devices`.
     """
 
-    def __init__(
-        self, form: str = "scan", lowering: str = "auto", fold: bool = True, devices: str = "auto"
-    ):
-        self.form, self.lowering, self.fold, self.devices = form, lowering, fold, devices
+    def __init__(self, lowering: str = "auto", fold: bool = True, devices: str = "auto"):
+        self.lowering, self.fold, self.devices = lowering, fold, devices
 
     def prepare(self, case: Case, dataset, precision: str, weights: Path, seconds: float) -> dict:
         """Builds the case and writes the initial weights to `weights` (.npz)."""
@@ -120,7 +116,7 @@ class Ours(Side):
             losses = self._first_losses(recipe)
             self.record = parallel.empty_record(self.rows)
             # As many steps as `cifar_jax.train` dispatches at a time, or nearly so.
-            self.chunk = 1 if self.form == "step" else self._chunk(0.3)
+            self.chunk = self._chunk(0.3)
             self.dispatch = self._train
         else:
             positions = np.arange(len(split), dtype=np.int32)
@@ -193,3 +189,48 @@ class Ours(Side):
         import jax
 
         jax.block_until_ready(self.pending)
+
+
+class OurStep(Ours):
+    """`steps.train_step` under a bare `jax.jit`, one step a dispatch, on one device: what a first
+    port to JAX looks like. Evaluation is that of `Ours`."""
+
+    def __init__(self, lowering: str = "auto", fold: bool = True):
+        super().__init__(lowering, fold, devices="1")
+
+    def _jitted(self, step):
+        import jax
+
+        from cifar_jax import feed, parallel
+
+        def one(state, data, order, row):
+            return step(state, feed.take_batch(data, order[row]))
+
+        return jax.jit(one, donate_argnums=0, compiler_options=parallel.compiler_options())
+
+    def _first_losses(self, recipe) -> list[float]:
+        import jax
+        import jax.numpy as jnp
+
+        step, losses = self._jitted(plain_step(self.run)), []
+        state = jax.tree.map(jnp.copy, self.state)
+        for row in range(min(compared_steps(recipe), self.rows)):
+            state, sums = step(state, self.data, self.order, np.int32(row))
+            losses.append(float(sums["loss"] / sums["count"]))
+        return losses
+
+    def _chunk(self, seconds: float) -> int:
+        from cifar_jax import from_recipe
+
+        run = self.run
+        self.step = self._jitted(
+            from_recipe.step_of(run.config.recipe, run.model, run.steps_per_epoch)
+        )
+        return 1
+
+    def _train(self) -> int:
+        if self.row == self.rows:
+            self.row = 0
+        self.state, self.pending = self.step(self.state, self.data, self.order, np.int32(self.row))
+        self.row += 1
+        return self.order.shape[1]

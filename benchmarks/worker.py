@@ -27,10 +27,11 @@ class Worker:
     """The driver's end of a worker process.
 
     Args:
-      side: `ours`, `ours-step`, `ours-one` (one device), `ours-unfolded`, `ours-LOWERING`,
-        several such words (`ours-step-lax`), or a PyTorch peer's name; `map-16`, `vmap-16` or
-        `torch-vmap-16` for so many replicas (`replica_sides.py`); any of them with `@N`
-        for a number of processors of its own, such as `eager@1`.
+      side: `ours`, `ours-one` (one device), `ours-step` (a bare jitted step, on one device),
+        `ours-unfolded`, `ours-LOWERING`, several such words (`ours-step-lax`), or a PyTorch
+        peer's name; `map-16`, `vmap-16` or `torch-vmap-16` for so many replicas
+        (`replica_sides.py`); any of them with `@N` for a number of processors of its own, such
+        as `eager@1`.
       options: of `add_options`, by name, for the worker's command line.
     """
 
@@ -94,7 +95,7 @@ def is_ours(side: str) -> bool:
 
 def make_side(name: str, device: str):
     """Returns the side called `name` (see `Worker`)."""
-    from benchmarks.sides import Ours
+    from benchmarks.sides import Ours, OurStep
     from benchmarks.torch_side import PyTorch
 
     form, _, replicas = name.rpartition("-")
@@ -107,14 +108,11 @@ def make_side(name: str, device: str):
     if name.split("-")[0] != "ours":
         return PyTorch(name, "cuda" if device == "gpu" else "cpu")
     words = name.split("-")[1:]
-    form = "step" if "step" in words else "scan"
     lowerings = [word for word in words if word not in ("step", "unfolded", "one")]
-    return Ours(
-        form,
-        lowerings[0] if lowerings else "auto",
-        fold="unfolded" not in words,
-        devices="1" if "one" in words else "auto",
-    )
+    lowering, fold = lowerings[0] if lowerings else "auto", "unfolded" not in words
+    if "step" in words:
+        return OurStep(lowering, fold)
+    return Ours(lowering, fold, devices="1" if "one" in words else "auto")
 
 
 def describe(side: str) -> dict:

@@ -187,6 +187,18 @@ def test_both_sides_do_the_same_work(text, small, tmp_path):
     assert theirs.window()[0] > 0
 
 
+def test_the_bare_step_does_the_work_of_the_chunks(small, tmp_path):
+    case, found = cases.parse("train/dropout:8"), {}
+    for name in ("ours-one-gemm", "ours-step-gemm"):
+        side = worker.make_side(name, "cpu")
+        found[name] = side.prepare(case, small, "float32", tmp_path / "weights.npz", 0.01)["losses"]
+    assert statistics.largest_difference(*found.values()) < 1e-5
+    assert isinstance(side, sides.OurStep)
+    before = int(side.state.step)
+    images, _ = side.window()
+    assert images == 8 * (int(side.state.step) - before) > 0
+
+
 # torch's own compiler imports parts of torch that torch calls deprecated.
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 @pytest.mark.parametrize(
