@@ -29,7 +29,6 @@ class ReplicaSide(Side):
 
     replicas: int
     orders: np.ndarray
-    chunk = 1
     row = 0
 
     def steps(self, row: int, count: int) -> None:
@@ -42,13 +41,6 @@ class ReplicaSide(Side):
         self.steps(self.row, self.chunk)
         self.row += self.chunk
         return self.replicas * self.chunk * self.orders.shape[2]
-
-    def timed(self) -> float:
-        """Returns the seconds of one dispatch."""
-        start = time.perf_counter()
-        self.dispatch()
-        self.sync()
-        return time.perf_counter() - start
 
 
 class OurReplicas(ReplicaSide):
@@ -98,7 +90,7 @@ class OurReplicas(ReplicaSide):
         record = {name: np.asarray(values[0][:count]) for name, values in self.changing[1].items()}
         self.changing = fresh()
         self.train = group.make_programs(run, self.form, mesh).train
-        self.settle(parallel.Chunks(len(self.orders[0]), seconds=group.CHUNK_SECONDS))
+        self.settle(parallel.Chunks(self.orders.shape[1], seconds=group.CHUNK_SECONDS))
         self.warm_up(seconds)
         return {
             "losses": (record["loss"] / record["count"]).tolist(),
@@ -109,7 +101,7 @@ class OurReplicas(ReplicaSide):
     def settle(self, chunks) -> None:
         """Sets the chunk to what `parallel.Chunks` comes to in training, after a few of them."""
         for _ in range(7):  # the first compiles, and each grows by 8 times at most
-            self.chunk = chunks.next(len(self.orders[0]))
+            self.chunk = chunks.next(self.orders.shape[1])
             chunks.ran(self.chunk, self.timed())
 
     def steps(self, row: int, count: int) -> None:
@@ -163,9 +155,7 @@ class TorchReplicas(ReplicaSide):
         losses = [float(self._step(row)[0]) for row in range(count)]
         self._set_dropout(rates)
         self._start(recipe)
-        self.chunk = min(2, len(self.orders[0]))
-        self.timed()
-        self.chunk = int(max(1, min(512, len(self.orders[0]), 0.1 * self.chunk / self.timed())))
+        self.size_chunk(0.1, min(512, self.orders.shape[1]), first=2)
         self.warm_up(seconds)
         return {"losses": losses, "compile_seconds": 0.0, "data_seconds": data_seconds}
 

@@ -39,9 +39,11 @@ def plain_step(run):
 
 
 class Side:
-    """Base: windows of a fixed number of dispatches, set by `warm_up`."""
+    """Base: windows of a fixed number of dispatches, set by `warm_up`; where a dispatch is several
+    steps, `chunk` is how many."""
 
     dispatches = 1
+    chunk = 1
 
     def dispatch(self) -> int:
         """Starts some work and returns how many images it is; may return before it is done."""
@@ -51,14 +53,22 @@ class Side:
         """Waits for all that was dispatched."""
         raise NotImplementedError
 
+    def timed(self) -> float:
+        """Returns the seconds of one dispatch."""
+        start = time.perf_counter()
+        self.dispatch()
+        self.sync()
+        return time.perf_counter() - start
+
+    def size_chunk(self, seconds: float, most: int, first: int = 5) -> None:
+        """Sets the chunk to about `seconds`, by the second of two of `first` steps."""
+        self.chunk = min(first, most)
+        self.timed()
+        self.chunk = int(max(1, min(most, seconds * self.chunk / self.timed())))
+
     def warm_up(self, seconds: float) -> None:
         """Runs three dispatches after the first, and sets the window to about `seconds`."""
-        times = []
-        for _ in range(1 + WARM_UP):
-            start = time.perf_counter()
-            self.dispatch()
-            self.sync()
-            times.append(time.perf_counter() - start)
+        times = [self.timed() for _ in range(1 + WARM_UP)]
         self.dispatches = max(1, round(seconds / max(min(times[1:]), 1e-6)))
 
     def window(self) -> tuple[int, float]:
@@ -86,7 +96,7 @@ class Ours(Side):
         """Builds the case and writes the initial weights to `weights` (.npz)."""
         import jax
 
-        from cifar_jax import feed, hardware, parallel, steps
+        from cifar_jax import feed, hardware, steps
         from cifar_jax.clock import Clock, compile_seconds
         from cifar_jax.run import Options, make_run
         from cifar_jax.workdir import Config, describe_data
@@ -114,10 +124,8 @@ class Ours(Side):
             self.rows, self.row = len(order), 0
             self.order = jax.device_put(order)
             losses = self._first_losses(recipe)
-            self.record = parallel.empty_record(self.rows)
-            # As many steps as `cifar_jax.train` dispatches at a time, or nearly so.
-            self.chunk = self._chunk(0.3)
             self.dispatch = self._train
+            self._begin()
         else:
             positions = np.arange(len(split), dtype=np.int32)
             self.order = jax.device_put(feed.batches(positions, case.batch_size))
@@ -157,19 +165,18 @@ class Ours(Side):
         sums = {name: np.asarray(values)[:count] for name, values in record.items()}
         return (sums["loss"] / sums["count"]).tolist()
 
-    def _chunk(self, seconds: float) -> int:
-        """Steps in about `seconds`, at most an epoch; where a length is a program, 256."""
+    def _begin(self) -> None:
+        """Makes ready what `_train` needs: as many steps a dispatch as `cifar_jax.train` takes, or
+        nearly so; where a length is a program, 256."""
         import jax
 
-        if jax.default_backend() != "cpu":
-            return min(256, self.rows)
-        self.chunk = min(5, self.rows)
-        for _ in range(2):
-            start = time.perf_counter()
-            self._train()
-            self.sync()
-            taken = time.perf_counter() - start
-        return int(max(1, min(self.rows, seconds * self.chunk / taken)))
+        from cifar_jax import parallel
+
+        self.record = parallel.empty_record(self.rows)
+        if jax.default_backend() == "cpu":
+            self.size_chunk(0.3, self.rows)
+        else:
+            self.chunk = min(256, self.rows)
 
     def _train(self) -> int:
         if self.row + self.chunk > self.rows:
@@ -219,14 +226,13 @@ class OurStep(Ours):
             losses.append(float(sums["loss"] / sums["count"]))
         return losses
 
-    def _chunk(self, seconds: float) -> int:
+    def _begin(self) -> None:
         from cifar_jax import from_recipe
 
         run = self.run
         self.step = self._jitted(
             from_recipe.step_of(run.config.recipe, run.model, run.steps_per_epoch)
         )
-        return 1
 
     def _train(self) -> int:
         if self.row == self.rows:

@@ -91,8 +91,8 @@ class PyTorch(Side):
             self.dispatch = functools.partial(self._published, case.batch_size)
         else:
             self.order, self.row = order, 0
-            self.chunk = self._chunk(0.1)
             self.dispatch = self._train
+            self.size_chunk(0.1, min(512, len(order)))
         return losses
 
     def _prepare_evaluation(self, case: Case, data) -> list[float]:
@@ -106,15 +106,6 @@ class PyTorch(Side):
             self.trainer.workers = min(seconds, key=seconds.get)
         self.dispatch = functools.partial(self._evaluate, data, case.batch_size)
         return [self.trainer.evaluate(data, case.batch_size)["loss"]]
-
-    def _chunk(self, seconds: float) -> int:
-        self.chunk = min(5, len(self.order))
-        for _ in range(2):
-            start = time.perf_counter()
-            self._train()
-            self.sync()
-            taken = time.perf_counter() - start
-        return int(max(1, min(len(self.order), 512, seconds * self.chunk / taken)))
 
     def _train(self) -> int:
         if self.row + self.chunk > len(self.order):

@@ -107,7 +107,6 @@ def to_onnx(trained) -> bytes:
 
 def describe(trained, kind: str, content: bytes) -> dict:
     """Returns what OUT.json holds."""
-
     config = trained.config
     shape = config.dataset["image_shape"]
     return {

@@ -10,6 +10,7 @@ seed. Each lowering's runs are one `cifar_jax.train --seeds`, which resumes by i
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,7 +33,7 @@ def compare(runs: dict[str, list[dict]], reference: str = "lax") -> dict:
 
     Returns:
       {lowering: {"accuracy", "loss" (spreads), "difference": spread of percentage points, seed
-      by seed, "z": its mean over its standard error; None where that is 0 or there is one seed}}.
+      by seed, "z": its mean over its standard error; nan where that is 0 or there is one seed}}.
     """
     found = {}
     for name, rows in runs.items():
@@ -44,7 +45,7 @@ def compare(runs: dict[str, list[dict]], reference: str = "lax") -> dict:
             difference = spread(points)
             error = difference["standard_error"]
             result["difference"] = difference
-            result["z"] = difference["mean"] / error if error else None
+            result["z"] = difference["mean"] / error if error > 0 else math.nan
         found[name] = result
     return found
 
@@ -87,7 +88,8 @@ def main(arguments: Sequence[str] | None = None) -> dict:
         if summary["diverged"]:
             raise UserError(f"--conv {name}: some runs diverged, so seeds cannot be paired")
         runs[name] = summary["runs"]
-        kept |= {key: summary[key] for key in ("dataset", "versions", "device", "cpu", "commit")}
+        kept |= {key: summary[key] for key in ("versions", "device", "cpu", "commit")}
+        kept["dataset"] = summary["dataset"]["name"]  # its source is a path of the machine's
     results = to_json(compare(runs))
     text = table(results)
     out = Path(options.out)

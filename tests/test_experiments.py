@@ -38,7 +38,13 @@ def test_every_lowering_trains_the_same_seeds_and_diverged_ones_are_not_paired(
     tmp_path, monkeypatch
 ):
     gains, asked = {"lax": 0.0, "gemm": 0.01, "winograd": -0.02}, []
-    about = {"dataset": {}, "versions": {}, "device": {}, "cpu": {}, "commit": "c"}
+    about = {
+        "dataset": {"name": "cifar10", "source": "/home/me"},
+        "versions": {},
+        "device": {},
+        "cpu": {},
+        "commit": "c",
+    }
 
     def trained(words):
         asked.append(words)
@@ -55,6 +61,7 @@ def test_every_lowering_trains_the_same_seeds_and_diverged_ones_are_not_paired(
     assert found["winograd"]["difference"]["mean"] == pytest.approx(-2.0)
     written = json.loads((tmp_path / "lowerings_adam.json").read_text())
     assert (written["epochs"], written["commit"]) == (1, "c")
+    assert "/home/me" not in json.dumps(written)
     lost = [{"seed": 5, "step": 7}]
     with pytest.raises(UserError, match="--conv lax: some runs diverged"):
         lowerings.main(words)
