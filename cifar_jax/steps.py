@@ -21,6 +21,7 @@ from jax import lax
 from cifar_jax import augment as augmentations
 from cifar_jax import layer_groups
 from cifar_jax.accumulate import over_parts
+from cifar_jax.all_reduce import sum_over
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
@@ -168,9 +169,6 @@ def train_step(
             model = model.clone(axis_name=axis_name)
     trained, frozen = layer_groups.split(params, freeze)
     mask = _mask(batch)
-    count = mask.sum()
-    if axis_name is not None:
-        count = lax.psum(count, axis_name)
 
     def gradients(batch, batch_stats, first_example):
         images = preprocess(batch["image"], jax.random.fold_in(key, 1), first_example)
@@ -191,8 +189,7 @@ def train_step(
                 logits = logits.astype(jnp.float32)
             losses = cross_entropy(logits, batch["label"], label_smoothing)
             sums = _sums(logits, batch["label"], batch["mask"], losses)
-            mean = sums["loss"] / jnp.maximum(count, 1).astype(losses.dtype)
-            return mean, (sums, updates.get("batch_stats", {}))
+            return sums["loss"], (sums, updates.get("batch_stats", {}))
 
         grads, (sums, batch_stats) = jax.grad(loss_fn, has_aux=True)(trained)
         return (grads, sums), batch_stats
@@ -205,8 +202,10 @@ def train_step(
             gradients, whole, accumulate, state.batch_stats, first_example, axis_name
         )
     if axis_name is not None:
-        grads, sums = lax.psum((grads, sums), axis_name)
-        batch_stats = lax.pmean(batch_stats, axis_name)
+        grads, sums, batch_stats = sum_over((grads, sums, batch_stats), axis_name)
+        batch_stats = jax.tree.map(lambda s: s / lax.axis_size(axis_name), batch_stats)
+    count = jnp.maximum(sums["count"], 1)
+    grads = jax.tree.map(lambda g: g / count.astype(g.dtype), grads)
     trained, frozen = layer_groups.split(state.params, freeze)
     updates, opt_state = optimizer.update(grads, state.opt_state, trained)
     trained = optax.apply_updates(trained, updates)
