@@ -45,6 +45,10 @@ class Side:
     dispatches = 1
     chunk = 1
 
+    def cpu_threads(self, case: Case) -> int | None:
+        """Returns how many threads of a CPU the process should compute with, None for all."""
+        return None
+
     def dispatch(self) -> int:
         """Starts some work and returns how many images it is; may return before it is done."""
         raise NotImplementedError
@@ -92,6 +96,12 @@ class Ours(Side):
     def __init__(self, lowering: str = "auto", fold: bool = True, devices: str = "auto"):
         self.lowering, self.fold, self.devices = lowering, fold, devices
 
+    def cpu_threads(self, case: Case) -> int | None:
+        from cifar_jax import from_recipe
+
+        training = case.kind == "train"
+        return from_recipe.cpu_threads(case.settings(), self.devices) if training else None
+
     def prepare(self, case: Case, dataset, precision: str, weights: Path, seconds: float) -> dict:
         """Builds the case and writes the initial weights to `weights` (.npz)."""
         import jax
@@ -138,6 +148,7 @@ class Ours(Side):
             "losses": losses,
             "compile_seconds": compile_seconds() - compiled,
             "data_seconds": data_seconds,
+            "cpu_threads": hardware.computing_threads(),
         }
 
     def _unfolded(self):

@@ -268,11 +268,11 @@ def benchmark(args: argparse.Namespace) -> dict:
     check_sides([*names, *args.ours.split(",")])
     shared = ("device", "precision", "threads", "dataset", "data_dir")
     options = {name: getattr(args, name) for name in shared}
-    ours = [Worker(name, **options) for name in args.ours.split(",")]
+    mine = args.ours.split(",")
     peers = [Worker(name, **options) for name in names]
     result = {
         **results.header(),
-        "ours": [worker.side for worker in ours],
+        "ours": mine,
         **options,
         "rounds": args.rounds,
         "window_seconds": args.seconds,
@@ -281,21 +281,28 @@ def benchmark(args: argparse.Namespace) -> dict:
     try:
         with tempfile.TemporaryDirectory() as folder:
             for case in cases:
-                row = measure(
-                    case,
-                    ours,
-                    peers,
-                    Path(folder),
-                    precision=args.precision,
-                    rounds=args.rounds,
-                    seconds=args.seconds,
-                )
+                # A process for each case, as each run of `cifar_jax.train` is one.
+                ours = [Worker(name, **options) for name in mine]
+                try:
+                    row = measure(
+                        case,
+                        ours,
+                        peers,
+                        Path(folder),
+                        precision=args.precision,
+                        rounds=args.rounds,
+                        seconds=args.seconds,
+                    )
+                    described = {w.side: w.ask(do="describe") for w in [*ours, *peers]}
+                finally:
+                    for worker in ours:
+                        worker.close()
                 result["cases"].append(row)
-                result["workers"] = {w.side: w.ask(do="describe") for w in [*ours, *peers]}
+                result["workers"] = described
                 print(f"{case}: {ratio(row['ratio'])} of {row['strongest']}", file=sys.stderr)
                 results.write(args.out, result)
     finally:
-        for worker in [*ours, *peers]:
+        for worker in peers:
             worker.close()
     return result
 

@@ -164,12 +164,12 @@ def main() -> None:
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])
         os.environ["OMP_NUM_THREADS"] = str(args.threads)
     if is_ours(args.side):
-        from cifar_jax import hardware, program_cache
+        from cifar_jax import program_cache
 
-        hardware.select_platform(args.device)
         program_cache.enable()
 
     from benchmarks.cases import parse
+    from cifar_jax import hardware
     from cifar_jax.datasets import load_dataset
 
     try:
@@ -183,10 +183,13 @@ def main() -> None:
         if problem:
             answer = {"error": problem}
         elif request["do"] == "prepare":
+            case = parse(request["case"])
             side = make_side(args.side, args.device)
+            if is_ours(args.side):  # the first case says how many threads this process has
+                hardware.select_platform(args.device, side.cpu_threads(case))
             try:
                 answer = side.prepare(
-                    parse(request["case"]),
+                    case,
                     dataset,
                     args.precision,
                     Path(request["weights"]),

@@ -224,14 +224,20 @@ def add_host_options(parser: Parser) -> None:
     group.add_argument("--process-id", type=int, help="this one, from 0")
 
 
-def start_device(options: argparse.Namespace) -> None:
-    """Takes the device and the lowering that the options name. Raises `UserError`."""
-    from cifar_jax import hardware, program_cache
+def start_device(options: argparse.Namespace, recipe: Recipe | None = None) -> None:
+    """Takes the device and the lowering that the options name. Raises `UserError`.
+
+    Args:
+      recipe: what this process will train, if it does nothing else: a CPU's threads are then as
+        many as this recipe is fastest with.
+    """
+    from cifar_jax import from_recipe, hardware, program_cache
     from cifar_jax.models.lowering import LOWERINGS
 
     if options.conv not in LOWERINGS:
         raise UserError(f"unknown --conv {options.conv!r}; {nearest(options.conv, LOWERINGS)}")
-    hardware.select_platform(options.device)
+    threads = from_recipe.cpu_threads(recipe, options.devices) if recipe else None
+    hardware.select_platform(options.device, threads)
     program_cache.enable()
 
 

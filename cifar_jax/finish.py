@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cifar_jax import augment, feed, inference, records, report, steps
+from cifar_jax import augment, feed, hardware, inference, records, report, steps
 from cifar_jax.clock import peak_memory
 from cifar_jax.environment import environment
 from cifar_jax.from_recipe import input_shape
@@ -45,6 +45,7 @@ def summarize(run: Run, trained: dict, found: dict) -> dict:
         "feed": run.place,
         "lowering": run.options.lowering,
         "devices_sharing_a_batch": run.devices,
+        "cpu_threads": hardware.computing_threads(),
         "precision": recipe.precision,
         "parameters": run.parameters,
         **trained,
@@ -64,6 +65,8 @@ def opening_lines(run: Run, workdir: Path) -> list[str]:
     where = f"{device['count']} x {device['kind']} ({device['platform']})"
     if device["platform"] == "cpu":
         where = f"cpu, {cpu['usable']} cores ({cpu['model']})"
+        if hardware.computing_threads() < cpu["usable"]:
+            where += f", {hardware.computing_threads()} thread: faster for steps this small"
     if run.devices > 1:
         where += f", {run.devices} devices share each batch"
     train = len(run.training)

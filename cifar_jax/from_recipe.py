@@ -8,8 +8,10 @@ from collections.abc import Callable, Mapping, Sequence
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
-from cifar_jax import optimizers, parallel, steps
+from cifar_jax import hardware, optimizers, parallel, steps
+from cifar_jax.models import model_of
 from cifar_jax.recipes import Recipe
 
 Shape = tuple[int, int, int]
@@ -83,6 +85,16 @@ def swept_step_of(recipe: Recipe, model: nn.Module, steps_per_epoch: int) -> Cal
         return swept(state, batch, axis_name=axis_name)
 
     return step
+
+
+def cpu_threads(recipe: Recipe, devices: str) -> int | None:
+    """Returns `hardware.cpu_threads` of a recipe, its network sized for CIFAR-10. Starts no
+    backend: the answer is for `hardware.select_platform`."""
+    model = model_of(recipe, 10, "lax")
+    images = jax.ShapeDtypeStruct((1, *input_shape(recipe, (32, 32, 3))), jnp.float32)
+    shapes = jax.eval_shape(lambda images: model.init(jax.random.key(0), images), images)
+    weights = steps.parameter_count(shapes["params"])
+    return hardware.cpu_threads(devices, recipe.batch_size, weights)
 
 
 def payload(state, record: dict) -> dict:

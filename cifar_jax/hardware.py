@@ -23,30 +23,57 @@ CPU_DEVICE_IMAGES = 8
 # With more weights than this their own traffic costs more than sharing saves: vgg16 b128 trains
 # 94 images/s on one device and 58 on two.
 CPU_DEVICE_WEIGHTS = 4_000_000
+# Networks of at most so many weights train batches too small for two devices on one thread: their
+# products are so small that two threads wait for each other more than they share. Two cores (AMD
+# EPYC), images/s on two threads and on one: tutorial_cnn b4 8,400 and 12,300, b12 12,300 and
+# 14,000; larger networks gain nothing (dropout_cnn b12 3,500 and 3,900) or lose (deep_cnn b4
+# 1,320 and 1,110).
+ONE_THREAD_WEIGHTS = 100_000
 # A GPU or TPU gets at least so many images of a batch. A rule, not a measurement: batches of 128
 # are shared by up to 8 devices, the tutorial's batches of 4 stay on one (docs/scaling.md).
 ACCELERATOR_DEVICE_IMAGES = 16
 
 
-def select_platform(name: str) -> str:
+def cpu_threads(asked: str, batch_size: int, weights: int) -> int | None:
+    """Returns how many threads a process that trains this and nothing else should compute with on
+    a CPU: 1, or None for one a core. `asked` as in `choose_devices`."""
+    small = batch_size < 2 * CPU_DEVICE_IMAGES and weights <= ONE_THREAD_WEIGHTS
+    return 1 if small and asked == "auto" else None
+
+
+_threads: int | None = None  # what this process's CPU was limited to
+
+
+def computing_threads() -> int:
+    """Returns how many threads of a CPU compute: `select_platform`'s, or one a core."""
+    return _threads or usable_cores()
+
+
+def select_platform(name: str, threads: int | None = None) -> str:
     """Makes JAX use the named platform and returns the one in use: `cpu`, `gpu` or `tpu`.
 
     Call it before anything runs on a device. `auto` takes JAX's choice. A CPU becomes as many
-    devices as the process has cores; what runs on one of them still uses all cores.
+    devices as the process has cores; what runs on one of them still uses all cores. With `threads`
+    it becomes so many devices, and no more threads compute; a number that the user set stays
+    (`JAX_NUM_CPU_DEVICES`, `PJRT_NPROC`, `NPROC`).
 
     Raises:
       UserError: unknown name, or no such device here.
     """
     if name not in DEVICES:
         raise UserError(f"unknown device {name!r}; {nearest(name, DEVICES)}")
+    pool = contextlib.nullcontext()
     with contextlib.suppress(RuntimeError):  # devices are in use already, and stay as they are
         if jax.config.jax_num_cpu_devices < 1 and "--xla_force_host" not in _user_flags():
-            jax.config.update("jax_num_cpu_devices", usable_cores())
+            limited = threads and not os.environ.keys() & {_POOL, "NPROC"}
+            jax.config.update("jax_num_cpu_devices", threads if limited else usable_cores())
+            pool = _pool_of(threads) if limited else pool
     before = jax.config.jax_platforms
     if name != "auto":
         jax.config.update("jax_platforms", {"gpu": "cuda,rocm"}.get(name, name))
     try:
-        found = jax.default_backend()
+        with pool:
+            found = jax.default_backend()
     except RuntimeError as error:
         if name == "auto":
             raise UserError(f"JAX finds no usable device: {error}") from None
@@ -58,6 +85,21 @@ def select_platform(name: str) -> str:
         extra = {"gpu": "; install .[cuda12] or .[cuda13] and check the driver with nvidia-smi"}
         raise UserError(f"--device {name}: JAX finds no such device{extra.get(name, '')}")
     return found
+
+
+# Read by XLA when the CPU's devices are made: the threads of the pool that they share.
+_POOL = "PJRT_NPROC"
+
+
+@contextlib.contextmanager
+def _pool_of(threads: int):
+    global _threads
+    os.environ[_POOL] = str(threads)
+    try:
+        yield
+    finally:
+        del os.environ[_POOL]
+    _threads = threads
 
 
 def _user_flags() -> str:

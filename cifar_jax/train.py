@@ -115,7 +115,8 @@ def main(arguments: Sequence[str] | None = None, say=print) -> dict:
         raise UserError(f"--save-minutes must be above 0, got {options.save_minutes:g}")
     cli.check_replica_options(options)
     with hosts.joined(options.coordinator, options.num_processes, options.process_id):
-        cli.start_device(options)
+        alone = arguments is None and not options.seeds  # nothing else is trained in this process
+        cli.start_device(options, recipe if alone else None)
         words = sys.argv[1:] if arguments is None else arguments
         return _as_one(options, recipe_name, recipe, words, say)
 

@@ -1,10 +1,16 @@
-"""The platform, and how many of its devices share a batch."""
+"""The platform, how many of its devices share a batch, and how many threads compute."""
+
+import os
+import subprocess
+import sys
 
 import jax
 import pytest
 
-from cifar_jax import hardware
+from cifar_jax import from_recipe, hardware
+from cifar_jax.environment import usable_cores
 from cifar_jax.errors import UserError
+from cifar_jax.recipes import RECIPES
 
 
 def test_devices_are_asked_for_by_name():
@@ -32,3 +38,50 @@ def test_devices_that_share_a_batch():
             hardware.choose_devices(asked, 4, 1000)
     assert hardware.data_mesh(1) is None
     assert hardware.everywhere(None) is None
+
+
+def test_only_the_smallest_steps_are_computed_by_one_thread():
+    def threads(name, devices="auto", **changes):
+        return from_recipe.cpu_threads(RECIPES[name].replace(**changes), devices)
+
+    assert threads("tutorial") == 1
+    assert threads("tutorial", batch_size=15) == 1
+    assert threads("tutorial", batch_size=16) is None  # two devices share it
+    assert threads("tutorial", devices="1") is None  # the user decides
+    assert threads("tutorial", resize=64) is None  # a larger first linear layer
+    assert threads("dropout", batch_size=4) is None
+    assert threads("vgg16_finetune", batch_size=4) is None
+
+
+# Prints (devices, threads that XLA's pool has by the system's account, what is said of them).
+PROBE = """
+import collections, os, sys
+import jax
+from cifar_jax import hardware
+hardware.select_platform("cpu", threads=1)
+jax.block_until_ready(jax.jit(lambda x: x @ x)(jax.numpy.ones((8, 8))))
+names = [open(f"/proc/self/task/{t}/comm").read().strip() for t in os.listdir("/proc/self/task")]
+pool = names.count("tf_XLAEigen")
+print(len(jax.devices()), pool, hardware.computing_threads(), os.environ.get("PJRT_NPROC"))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_one_thread_is_what_a_process_gets_unless_its_user_says_otherwise():
+    ours = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "-1"}
+    plain = {k: v for k, v in os.environ.items() if k not in ("PJRT_NPROC", "NPROC", "XLA_FLAGS")}
+
+    def probe(**environment):
+        done = subprocess.run(
+            [sys.executable, "-c", PROBE],
+            env={**plain, **ours, **environment},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        return done.stdout.split()
+
+    assert probe() == ["1", "1", "1", "None"]
+    cores = str(usable_cores())
+    assert probe(PJRT_NPROC="3")[0::2] == [cores, cores]
+    assert probe(JAX_NUM_CPU_DEVICES="2")[0] == "2"
