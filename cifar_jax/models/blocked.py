@@ -99,7 +99,7 @@ def to_blocked(images: jax.Array, block: int) -> Blocked:
         x = images.reshape(batch, h, block, w, block, channels).transpose(2, 4, 5, 1, 3, 0)
         return x.reshape(block, block, channels, h, w * batch)
 
-    return Blocked(materialize(split, images), batch, height, width)
+    return Blocked(split(images), batch, height, width)
 
 
 def _pixels(x: Blocked) -> jax.Array:

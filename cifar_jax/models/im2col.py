@@ -22,12 +22,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from cifar_jax.models.blocked import barrier, cut, uncut
+from cifar_jax.models.blocked import barrier, cut, materialize, uncut
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +42,7 @@ class Geometry:
       batch: images.
       height, width: rows and columns of the input images.
       tiles: (h, w) of the input.
+      fresh: whether the phases were just cut from images (`first_stage`).
     """
 
     block: int
@@ -50,6 +52,7 @@ class Geometry:
     height: int
     width: int
     tiles: tuple[int, int]
+    fresh: bool = False
 
     @property
     def offsets(self) -> tuple[int, ...]:
@@ -101,10 +104,21 @@ def correlate(a: jax.Array, b: jax.Array) -> jax.Array:
     return barrier(jnp.swapaxes(result, -1, -2)) if swap else result
 
 
+def first_stage(function: Callable, x: jax.Array, g: Geometry) -> jax.Array:
+    """Returns function(x), the first thing that is done to the phases of a layer's input.
+
+    The phases of images are cut by single numbers far apart. With the boundary behind it that
+    loop runs once and, fused with the normalisation, reads bytes: adam b128 1.18 times as fast,
+    evaluation of tutorial_cnn 1.1 (a boundary before it had it read normalised floats). Phases
+    of an earlier layer are copied by runs, and best by each slab for itself.
+    """
+    return materialize(function, x) if g.fresh else function(x)
+
+
 def patches(x: jax.Array, g: Geometry) -> jax.Array:
     """Phases [m, m, C, h, w*N] -> patches [n, n, C, h', w'*N] (rows first)."""
     out_h, out_w = g.out_tiles
-    columns = stack(cut(x, 4, g.batch, g.offsets, out_w))  # [n, m, C, h, w'*N]
+    columns = first_stage(lambda x: stack(cut(x, 4, g.batch, g.offsets, out_w)), x, g)
     return stack(cut(columns, 3, 1, g.offsets, out_h))
 
 

@@ -137,10 +137,11 @@ def _lax(x, kernel, bias, padding, pool):
 
 
 def _blocks(x, kernel, bias, padding, pool, form, block):
+    fresh = not isinstance(x, Blocked)
     x = blocked.reblock(x, block) if isinstance(x, Blocked) else blocked.to_blocked(x, block)
     if padding:
         x = blocked.clear_overhang(x)
-    g = Geometry(block, kernel.shape[0], padding, x.batch, x.height, x.width, x.tiles)
+    g = Geometry(block, kernel.shape[0], padding, x.batch, x.height, x.width, x.tiles, fresh)
     given = x.phases.dtype
     phases = x.phases.astype(jnp.float32 if given.itemsize < 4 else given)
     kernel = _like(kernel.astype(given).astype(phases.dtype), phases)

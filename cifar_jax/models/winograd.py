@@ -43,7 +43,14 @@ import numpy as np
 from jax import lax
 
 from cifar_jax.models.blocked import barrier, cut
-from cifar_jax.models.im2col import Geometry, correlate, product, unstack_columns, unstack_rows
+from cifar_jax.models.im2col import (
+    Geometry,
+    correlate,
+    first_stage,
+    product,
+    unstack_columns,
+    unstack_rows,
+)
 
 # Interpolation points (and infinity) for each n = m + k - 1: small numbers and their inverses
 # keep the matrices' entries, and with them the rounding, small.
@@ -159,7 +166,9 @@ def _forward(x, kernel, g, transpose=False):
     a, gk, b = matrices(g.block, k)
     n = len(b)
     out_h, out_w = g.out_tiles
-    columns = combine(b.T, cut(x, 4, g.batch, g.offsets, out_w))  # [n columns, m, C, h, w'*N]
+    columns = first_stage(
+        lambda x: combine(b.T, cut(x, 4, g.batch, g.offsets, out_w)), x, g
+    )  # [n columns, m, C, h, w'*N]
     spatial = (out_h, columns.shape[-1])
     parts = _parts(n, features, channels, spatial[0] * spatial[1], x.dtype.itemsize)
     flat = barrier(kernel).reshape(k * k, channels * features)
