@@ -11,10 +11,9 @@ from jax import lax
 _Tree = TypeVar("_Tree")
 
 # On a CPU every array of an all-reduce is a meeting of all devices at which threads sleep and wake:
-# 13 of them took a third of a step of dropout_cnn. Arrays of at most so many numbers are sent
-# as one. Two cores (AMD EPYC), images/s before and after: deep b16 2,160 and 2,900, adam b128
-# 22,000 and 25,100, dropout b20 4,900 and 5,300. Larger arrays cost more to copy than a meeting
-# does (all in one: adam b128 20,600).
+# 13 of them took a quarter of a step of dropout_cnn. Arrays of at most so many numbers are sent
+# as one. Two cores (AMD EPYC), images/s before and after: deep b16 2,160 and 2,880, adam b128
+# 22,000 and 25,100, dropout b20 4,900 and 5,300. With all arrays in one adam b128 is at 20,600.
 TOGETHER = 65_536
 
 

@@ -25,9 +25,9 @@ CPU_DEVICE_IMAGES = 8
 CPU_DEVICE_WEIGHTS = 4_000_000
 # Networks of at most so many weights train batches too small for two devices on one thread: their
 # products are so small that two threads wait for each other more than they share. Two cores (AMD
-# EPYC), images/s on two threads and on one: tutorial_cnn b4 8,400 and 12,300, b12 12,300 and
-# 14,000; larger networks gain nothing (dropout_cnn b12 3,500 and 3,900) or lose (deep_cnn b4
-# 1,320 and 1,110).
+# EPYC), images/s on two threads and on one: tutorial_cnn b4 7,900 and 11,500, b12 12,300 and
+# 14,000; of larger networks some gain less (dropout_cnn b12 3,500 and 3,900), others lose
+# (deep_cnn b4 1,320 and 1,110).
 ONE_THREAD_WEIGHTS = 100_000
 # A GPU or TPU gets at least so many images of a batch. A rule, not a measurement: batches of 128
 # are shared by up to 8 devices, the tutorial's batches of 4 stay on one (docs/scaling.md).
