@@ -138,7 +138,7 @@ def _lax(x, kernel, bias, padding, pool):
 
 def _blocks(x, kernel, bias, padding, pool, form, block):
     fresh = not isinstance(x, Blocked)
-    x = blocked.reblock(x, block) if isinstance(x, Blocked) else blocked.to_blocked(x, block)
+    x = blocked.to_blocked(x, block) if fresh else blocked.reblock(x, block)
     if padding:
         x = blocked.clear_overhang(x)
     g = Geometry(block, kernel.shape[0], padding, x.batch, x.height, x.width, x.tiles, fresh)
