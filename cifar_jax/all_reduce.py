@@ -7,6 +7,7 @@ from typing import TypeVar
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.flatten_util import ravel_pytree
 
 _Tree = TypeVar("_Tree")
 
@@ -22,19 +23,12 @@ def sum_over(tree: _Tree, axis_name: str) -> _Tree:
     if jax.default_backend() != "cpu":
         return lax.psum(tree, axis_name)
     leaves, structure = jax.tree.flatten(tree)
-    packs: dict[jnp.dtype, list[int]] = {}
+    small: dict[jnp.dtype, dict[int, jax.Array]] = {}
+    alone: dict[int, jax.Array] = {}
     for i, leaf in enumerate(leaves):
-        if leaf.size <= TOGETHER:
-            packs.setdefault(leaf.dtype, []).append(i)
-    packs = {dtype: members for dtype, members in packs.items() if len(members) > 1}
-    packed = {i for members in packs.values() for i in members}
-    flat = [jnp.concatenate([leaves[i].reshape(-1) for i in part]) for part in packs.values()]
-    alone = {i: leaf for i, leaf in enumerate(leaves) if i not in packed}
-    flat, summed = lax.psum((flat, alone), axis_name)
-    for members, numbers in zip(packs.values(), flat, strict=True):
-        first = 0
-        for i in members:
-            last = first + leaves[i].size
-            summed[i] = lax.slice_in_dim(numbers, first, last).reshape(leaves[i].shape)
-            first = last
+        (small.setdefault(leaf.dtype, {}) if leaf.size <= TOGETHER else alone)[i] = leaf
+    packed = [ravel_pytree(part) for part in small.values()]
+    flat, summed = lax.psum(([numbers for numbers, _ in packed], alone), axis_name)
+    for (_, unravel), numbers in zip(packed, flat, strict=True):
+        summed |= unravel(numbers)
     return jax.tree.unflatten(structure, [summed[i] for i in range(len(leaves))])

@@ -90,10 +90,13 @@ def swept_step_of(recipe: Recipe, model: nn.Module, steps_per_epoch: int) -> Cal
 def cpu_threads(recipe: Recipe, devices: str) -> int | None:
     """Returns `hardware.cpu_threads` of a recipe, its network sized for CIFAR-10. Starts no
     backend: the answer is for `hardware.select_platform`."""
-    model = model_of(recipe, 10, "lax")
-    images = jax.ShapeDtypeStruct((1, *input_shape(recipe, (32, 32, 3))), jnp.float32)
-    shapes = jax.eval_shape(lambda images: model.init(jax.random.key(0), images), images)
-    weights = steps.parameter_count(shapes["params"])
+
+    def weights() -> int:
+        model = model_of(recipe, 10, "lax")
+        images = jax.ShapeDtypeStruct((1, *input_shape(recipe, (32, 32, 3))), jnp.float32)
+        shapes = jax.eval_shape(lambda images: model.init(jax.random.key(0), images), images)
+        return steps.parameter_count(shapes["params"])
+
     return hardware.cpu_threads(devices, recipe.batch_size, weights)
 
 

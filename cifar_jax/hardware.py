@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -34,11 +34,12 @@ ONE_THREAD_WEIGHTS = 100_000
 ACCELERATOR_DEVICE_IMAGES = 16
 
 
-def cpu_threads(asked: str, batch_size: int, weights: int) -> int | None:
+def cpu_threads(asked: str, batch_size: int, weights: Callable[[], int]) -> int | None:
     """Returns how many threads a process that trains this and nothing else should compute with on
-    a CPU: 1, or None for one a core. `asked` as in `choose_devices`."""
-    small = batch_size < 2 * CPU_DEVICE_IMAGES and weights <= ONE_THREAD_WEIGHTS
-    return 1 if small and asked == "auto" else None
+    a CPU: 1, or None for one a core. `asked` as in `choose_devices`; `weights` counts them, and is
+    called only where they decide."""
+    few_images = asked == "auto" and batch_size < 2 * CPU_DEVICE_IMAGES
+    return 1 if few_images and weights() <= ONE_THREAD_WEIGHTS else None
 
 
 _threads: int | None = None  # what this process's CPU was limited to
