@@ -4,13 +4,15 @@
 - `gemm`: patches and one matrix product over blocks (`im2col.py`).
 - `winograd`: Winograd's minimal filtering as batched matrix products (`winograd.py`) for
   kernels of 3 and 5; other kernels take the `gemm` form.
-- `auto`: by backend and shape, from `choose`.
+- `auto`: by backend and shape, from `choose`; `mixed` is its own, `winograd` where no gradient is
+  taken and `gemm` where one is.
 
 All of them take the same parameters, any image size, batch and padding, and agree to rounding.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 
 import flax.linen as nn
@@ -25,9 +27,13 @@ from cifar_jax.models.im2col import Geometry, im2col_conv
 from cifar_jax.models.winograd import winograd_conv
 
 LOWERINGS = ("auto", "lax", "gemm", "winograd")
-# With fewer input channels the transforms of Winograd's form cost more than its smaller products
-# save. Two AVX-512 cores, whole training steps: 3 and 6 channels gain from `gemm`, 10 and more
-# from `winograd`.
+# Below so many input channels the transforms of Winograd's form may cost more than its smaller
+# products save. Two AVX-512 cores, whole programs in turn, `winograd` against `gemm`:
+#   3x3 on 3 channels (dropout_cnn): training b20 0.95x, b128 0.87x, evaluation 0.94 to 1.12x;
+#   5x5 on 3 channels: training tutorial b4 1.1x, adam b128 1.2x, deep 1.07x, evaluation of
+#     tutorial_cnn 1.2 to 1.4x, of deep_cnn 1.2x (with sums in place of products, `winograd.py`);
+#   5x5 on 6 channels: training tutorial b4 0.84x, adam b128 1.0x, evaluation 1.15x.
+# From 10 channels on `winograd` is faster throughout.
 WINOGRAD_FROM_CHANNELS = 8
 YNN_OPTION = "xla_cpu_experimental_ynn_fusion_type"
 
@@ -47,7 +53,7 @@ def cpu_compiler_options() -> dict[str, str]:
 def choose(
     lowering: str, kernel: int, channels: int, out_size: tuple[int, int], pool: bool = False
 ) -> tuple[str, int]:
-    """Returns (`lax` | `gemm` | `winograd`, outputs of a block along each direction).
+    """Returns (`lax` | `gemm` | `winograd` | `mixed`, outputs of a block along each direction).
 
     Args:
       lowering: one of `LOWERINGS`.
@@ -61,9 +67,7 @@ def choose(
     if lowering not in LOWERINGS:
         raise UserError(f"unknown lowering {lowering!r}; {nearest(lowering, LOWERINGS)}")
     if lowering == "auto":
-        few = channels < WINOGRAD_FROM_CHANNELS
-        on_cpu = jax.default_backend() == "cpu"
-        lowering = ("gemm" if few else "winograd") if on_cpu else "lax"
+        lowering = _fastest(kernel, channels) if jax.default_backend() == "cpu" else "lax"
     if lowering == "lax":
         return "lax", 1
     if lowering == "winograd":
@@ -71,7 +75,16 @@ def choose(
         if winograd.supports(block, kernel):
             return "winograd", block
     # Blocks of 4 where the next layer will want them; a pool halves the blocks anyway.
-    return "gemm", 4 if kernel >= 5 and not pool and min(out_size) >= 8 else 2
+    block = 4 if kernel >= 5 and not pool and min(out_size) >= 8 else 2
+    return "mixed" if lowering == "mixed" else "gemm", block
+
+
+def _fastest(kernel: int, channels: int) -> str:
+    if channels >= WINOGRAD_FROM_CHANNELS:
+        return "winograd"
+    if kernel != 5:
+        return "gemm"
+    return "winograd" if channels <= winograd.SUM_CHANNELS else "mixed"
 
 
 def convolve(
@@ -145,8 +158,7 @@ def _blocks(x, kernel, bias, padding, pool, form, block):
     given = x.phases.dtype
     phases = x.phases.astype(jnp.float32 if given.itemsize < 4 else given)
     kernel = _like(kernel.astype(given).astype(phases.dtype), phases)
-    conv = winograd_conv if form == "winograd" else im2col_conv
-    y = conv(phases, kernel, g)
+    y = _CONVS[form](phases, kernel, g)
     height, width = g.out_size
     if bias is not None:
         bias = _like(bias.astype(given).astype(phases.dtype), phases)
@@ -155,6 +167,21 @@ def _blocks(x, kernel, bias, padding, pool, form, block):
         else:
             y = epilogue.bias_relu(y, bias)
     return Blocked(y.astype(given), x.batch, height, width)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def mixed_conv(x: jax.Array, kernel: jax.Array, g: Geometry) -> jax.Array:
+    """`winograd_conv` where no gradient is taken, `im2col_conv` and its gradients where one is."""
+    return winograd_conv(x, kernel, g)
+
+
+def _mixed_forward(x, kernel, g):
+    return jax.vjp(lambda x, kernel: im2col_conv(x, kernel, g), x, kernel)
+
+
+mixed_conv.defvjp(_mixed_forward, lambda g, gradients, dy: gradients(dy))
+
+_CONVS = {"gemm": im2col_conv, "winograd": winograd_conv, "mixed": mixed_conv}
 
 
 def _like(parameter: jax.Array, data: jax.Array) -> jax.Array:

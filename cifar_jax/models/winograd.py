@@ -21,6 +21,8 @@ turns the n*n products of numbers into n*n products of matrices over all tiles a
 and the gradients are the same maps transposed: D = A dy A^T, dU = V D^T, dV = U D,
 dW = (G kron G)^T dU, and dx adds the slabs of B dV B^T back (`blocked.uncut`).
 
+With at most `SUM_CHANNELS` channels, as of images, M is summed up in one loop instead.
+
 V and M hold n*n / (m*m) times the numbers of the images. Where they are large the n columns of the
 n x n positions are computed one after another, from V to the half-transformed result, so that what
 lies between stays in the caches (`_parts`).
@@ -42,7 +44,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from cifar_jax.models.blocked import barrier, cut
+from cifar_jax.models.blocked import barrier, cut, materialize
 from cifar_jax.models.im2col import (
     Geometry,
     correlate,
@@ -130,6 +132,11 @@ def _batched(a: jax.Array, b: jax.Array, contract_a: int, contract_b: int) -> ja
     return lax.dot_general(a, b, (((contract_a,), (contract_b,)), ((0,), (0,))))
 
 
+def _sum_of_channels(u: jax.Array, v: jax.Array) -> jax.Array:
+    """U^T V for each position: [P, C, F] and [P, C, L] -> [P, F, L]."""
+    return sum(u[:, c, :, None] * v[:, c, None, :] for c in range(u.shape[1]))
+
+
 def _kernel_maps(g: np.ndarray, parts: list[slice], dtype) -> list[jax.Array]:
     """Returns (G kron G), [n*n, k*k], cut into the columns of each part: [n*c, k*k] each."""
     n, k = g.shape
@@ -137,17 +144,24 @@ def _kernel_maps(g: np.ndarray, parts: list[slice], dtype) -> list[jax.Array]:
     return [jnp.asarray(whole[:, part].reshape(-1, k * k), dtype) for part in parts]
 
 
+# From at most so many channels M is a sum of scaled rows of V, one loop, in place of a product that
+# would contract 3 numbers (evaluation of tutorial_cnn 1.04 to 1.06 times as fast, adam b128 1.05).
+SUM_CHANNELS = 3
+
 # Above so many bytes of V or M a column of the n x n positions is computed at a time on a CPU, so
 # that its part of V, M and the half-transformed results stay in the caches (2 MB a core where it
 # was measured: deep_cnn b64 on two devices 1.12 times as fast, VGG16 b128 1.10; below it there
-# is nothing to gain).
+# is nothing to gain). Where M is a sum it pays earlier (1.2 MB, a tile of tutorial_cnn: 1.12 to
+# 1.25 times as fast on 1 MB a core; 0.3 MB, tutorial b4: 0.95).
 COLUMN_FROM_BYTES = 2_000_000
+SUM_COLUMN_FROM_BYTES = 1_100_000
 
 
 def _parts(n: int, features: int, channels: int, numbers: int, itemsize: int) -> list[slice]:
     """Which columns of the n x n positions are computed together, for `numbers` tiles."""
     size = n * n * max(features, channels) * numbers * itemsize
-    if size < COLUMN_FROM_BYTES or jax.default_backend() != "cpu":
+    limit = SUM_COLUMN_FROM_BYTES if channels <= SUM_CHANNELS else COLUMN_FROM_BYTES
+    if size < limit or jax.default_backend() != "cpu":
         return [slice(0, n)]
     return [slice(i, i + 1) for i in range(n)]
 
@@ -177,7 +191,12 @@ def _forward(x, kernel, g, transpose=False):
         u = barrier(product(kernel_map, flat, 1, 0)).reshape(-1, channels, features)
         v = combine(b.T, cut(columns[part], 3, 1, g.offsets, out_h))  # [n rows, c, C, h', w'*N]
         v = v.reshape(u.shape[0], channels, -1)
-        m = _batched(barrier(jnp.swapaxes(u, 1, 2)), v, 2, 1) if transpose else _batched(u, v, 1, 1)
+        if channels <= SUM_CHANNELS:
+            m = materialize(_sum_of_channels, u, v)
+        elif transpose:
+            m = _batched(barrier(jnp.swapaxes(u, 1, 2)), v, 2, 1)
+        else:
+            m = _batched(u, v, 1, 1)
         m = barrier(m).reshape(n, -1, features, *spatial)
         halves += _slabs(combine(a.T, _slabs(m, 0)), 1)  # of each column [m rows, ...]
         saved.append((v, u))
