@@ -97,20 +97,27 @@ class Chunks:
 # so that their weights are not read too often.
 CPU_EVAL_TILE, CPU_EVAL_TILE_LARGE = 16, 64
 
-# A CPU computes a step in two pieces (`accumulate`) from so many images a device on, for networks
-# of at most so many weights, for the same reason: tutorial_cnn 1.12 to 1.17x at 64 images on each
-# of two devices, 1.04x at 128 on one. dropout_cnn loses (0.98x) and deep_cnn gains 1.02 to 1.05x:
-# what they save in activations they spend on gradients of more weights.
-CPU_PIECE_IMAGES, CPU_PIECE_WEIGHTS = 64, 100_000
+# A CPU computes a step in pieces (`accumulate`), for the same reason. Large batches, pieces of so
+# many images, in turn against none (tutorial_cnn: against two): 512 on two devices tutorial_cnn
+# 1.22x, dropout_cnn 1.7x, deep_cnn 2.1x; on one 0.92x, 1.3x, -. Networks of more than
+# `CPU_DEVICE_WEIGHTS` would spend on adding up gradients what that saves.
+CPU_PIECES_FROM, CPU_PIECE_IMAGES = 256, 32
+
+# Smaller ones in two pieces from so many images a device on, for networks of at most so many
+# weights: tutorial_cnn 1.12 to 1.17x at 64 images on each of two devices, 1.04x at 128 on one.
+# dropout_cnn would lose (0.96x; 0.92x in four pieces on one).
+CPU_TWO_PIECES_FROM, CPU_TWO_PIECES_WEIGHTS = 64, 100_000
 
 
 def pieces(images: int, state) -> int:
     """Returns into how many pieces a step of `images` on a device is cut where the recipe does
-    not say: 1 or, by the measurement above, 2; 1 wherever it would be another step."""
+    not say: by the measurements above; 1 wherever it would be another step."""
     if jax.default_backend() != "cpu" or jax.tree.leaves(state.batch_stats):
         return 1
-    few = parameter_count(state.params) <= CPU_PIECE_WEIGHTS
-    return 2 if few and images >= CPU_PIECE_IMAGES else 1
+    weights = parameter_count(state.params)
+    if images >= CPU_PIECES_FROM and weights <= CPU_DEVICE_WEIGHTS:
+        return images // CPU_PIECE_IMAGES
+    return 2 if images >= CPU_TWO_PIECES_FROM and weights <= CPU_TWO_PIECES_WEIGHTS else 1
 
 
 def tiles(batches: jax.Array, variables, fill: int = -1) -> jax.Array:

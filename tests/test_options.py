@@ -258,7 +258,7 @@ def test_a_batch_in_parts_is_the_same_step():
 
 
 def test_a_cpu_cuts_large_batches_of_small_networks_by_itself():
-    """Two pieces, a step's same result; never where normalisation would see half a batch."""
+    """Two pieces or more, a step's same result; never where normalisation would see a part."""
     recipe, large = Recipe(learning_rate=0.1, batch_size=65), batch_of(65)
     state, step = programs(recipe, Tiny())
     plain = functools.partial(train_step, model=Tiny(), optimizer=make_optimizer(recipe, 4))
@@ -269,7 +269,10 @@ def test_a_cpu_cuts_large_batches_of_small_networks_by_itself():
         assert_close(new.params, jit(plain)(state, batch)[0].params, rtol=1e-4, atol=1e-5)
         uncompiled = from_recipe.step_of(recipe, Tiny(), 4)
         assert ("scan[" in str(jax.make_jaxpr(uncompiled)(state, batch))) == loops
+    assert [parallel.pieces(size, state) for size in (1, 63, 65, 255, 512)] == [1, 1, 2, 2, 16]
     assert parallel.pieces(65, programs(recipe, Normalised())[0]) == 1
+    wide = jax.eval_shape(lambda: {"w": jnp.zeros((2048, 2048))})  # 4.2 million weights
+    assert parallel.pieces(512, state.replace(params=wide)) == 1
 
 
 def test_parts_normalise_by_themselves_in_order():
