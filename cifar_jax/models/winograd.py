@@ -144,17 +144,18 @@ def _kernel_maps(g: np.ndarray, parts: list[slice], dtype) -> list[jax.Array]:
     return [jnp.asarray(whole[:, part].reshape(-1, k * k), dtype) for part in parts]
 
 
-# From at most so many channels M is a sum of scaled rows of V, one loop, in place of a product that
-# would contract 3 numbers (evaluation of tutorial_cnn 1.04 to 1.06 times as fast, adam b128 1.05).
-SUM_CHANNELS = 3
+# Up to so many channels M is a sum of scaled rows of V, one loop, in place of a product that would
+# contract as few numbers (evaluation of tutorial_cnn 1.04 to 1.06 times as fast with 3, as fast
+# with 6; adam b128 1.05).
+SUM_CHANNELS = 6
 
 # Above so many bytes of V or M a column of the n x n positions is computed at a time on a CPU, so
 # that its part of V, M and the half-transformed results stay in the caches (2 MB a core where it
 # was measured: deep_cnn b64 on two devices 1.12 times as fast, VGG16 b128 1.10; below it there
-# is nothing to gain). Where M is a sum it pays earlier (1.2 MB, a tile of tutorial_cnn: 1.12 to
-# 1.25 times as fast on 1 MB a core; 0.3 MB, tutorial b4: 0.95).
+# is nothing to gain). Where M is a sum it pays earlier (on 1 MB a core, tiles of tutorial_cnn: 1.2 MB
+# 1.12 to 1.25 times as fast, 0.9 MB 1.1; 0.3 MB, tutorial b4: 0.95).
 COLUMN_FROM_BYTES = 2_000_000
-SUM_COLUMN_FROM_BYTES = 1_100_000
+SUM_COLUMN_FROM_BYTES = 900_000
 
 
 def _parts(n: int, features: int, channels: int, numbers: int, itemsize: int) -> list[slice]:
