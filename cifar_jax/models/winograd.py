@@ -152,8 +152,8 @@ SUM_CHANNELS = 6
 # Above so many bytes of V or M a column of the n x n positions is computed at a time on a CPU, so
 # that its part of V, M and the half-transformed results stay in the caches (2 MB a core where it
 # was measured: deep_cnn b64 on two devices 1.12 times as fast, VGG16 b128 1.10; below it there
-# is nothing to gain). Where M is a sum it pays earlier (on 1 MB a core, tiles of tutorial_cnn: 1.2 MB
-# 1.12 to 1.25 times as fast, 0.9 MB 1.1; 0.3 MB, tutorial b4: 0.95).
+# is nothing to gain). Where M is a sum it pays earlier (1 MB a core, tiles of tutorial_cnn: with
+# 1.2 MB 1.12 to 1.25 times as fast, with 0.9 MB 1.1; with 0.3 MB, tutorial b4, 0.95).
 COLUMN_FROM_BYTES = 2_000_000
 SUM_COLUMN_FROM_BYTES = 900_000
 
