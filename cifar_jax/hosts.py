@@ -1,7 +1,8 @@
 """Several processes as one run: how they join, and how they end together.
 
 The devices of all processes share each batch. Every process computes; process 0, the leader, is
-the only one that prints and touches the run directory (`cifar_jax.together`).
+the only one that prints and touches the run directory (`cifar_jax.together`). Of many runs
+(`--seeds`) each process trains its share by itself, and writes it to the directory.
 
 What ends one process ends all: a user's error within a few seconds, with its message; one that was
 killed or cannot be reached within `HEARTBEAT_SECONDS` and a few more. The run directory is then as
@@ -32,6 +33,7 @@ HEARTBEAT_SECONDS = 30  # without a sign of life, after which JAX takes a proces
 _PREFIX = "cifar_jax"
 _last_words = ""
 _abort_handler = None  # held here: C calls it
+_apart: tuple | None = None  # of processes that are apart: the store, this one's number, how many
 
 
 def cluster(environ: Mapping[str, str] = os.environ) -> str | None:
@@ -95,7 +97,11 @@ def check_flags(coordinator: str | None, processes: int | None, process: int | N
 
 @contextlib.contextmanager
 def joined(
-    coordinator: str | None = None, processes: int | None = None, process: int | None = None
+    coordinator: str | None = None,
+    processes: int | None = None,
+    process: int | None = None,
+    *,
+    apart: bool = False,
 ) -> Iterator[None]:
     """Makes this process one of several if the flags or the environment say so.
 
@@ -103,8 +109,14 @@ def joined(
     environment says. Where several processes are joined, an error that
     leaves this block ends the process here, after the others have been told.
 
+    Args:
+      coordinator, processes, process: the flags.
+      apart: the processes know of each other and end together, but JAX takes each for a lone one:
+        its devices are this process's, and no program runs on those of several.
+
     Raises:
-      UserError: wrong flags, no coordinator that answers.
+      UserError: wrong flags, no coordinator that answers, or a Cloud TPU's workers, whose devices
+        cannot be had apart.
     """
     began = time.monotonic()
     if check_flags(coordinator, processes, process):
@@ -117,11 +129,14 @@ def joined(
             "cluster_detection_method": "deactivate",
         }
     elif processes is None and (name := cluster()):
+        if apart and name == "Cloud TPU":
+            raise UserError("many runs train on one TPU worker: give it --num-processes 1")
         where, join = name, {}
     else:
         yield
         return
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    if not apart:
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.config.update("jax_enable_preemption_service", False)  # SIGTERM is ours
     _on_abort(
         f"not all processes came together within {JOIN_SECONDS} s ({where}): start all of them, "
@@ -139,6 +154,8 @@ def joined(
         "another process of this run ended or cannot be reached (above is JAX's account); start "
         "all processes again with the same commands to go on from the last checkpoint"
     )
+    if apart:
+        _set_apart()
     threading.Thread(target=_watch, daemon=True).start()
     try:
         yield
@@ -147,6 +164,23 @@ def joined(
         raise
     except BaseException as error:
         _end(error)
+    finally:
+        _end_apart()
+
+
+def _set_apart() -> None:
+    """Hides the other processes from JAX, which has made no devices yet."""
+    global _apart
+    state = _jax_state()
+    _apart = state.client, state.process_id, state.num_processes
+    state.client, state.process_id, state.num_processes = None, 0, 1
+
+
+def _end_apart() -> None:
+    """Gives JAX back what it shuts down when the process ends."""
+    global _apart
+    if _apart:
+        _jax_state().client, _apart = _apart[0], None
 
 
 def _wait_for_coordinator(address: str, process: int) -> None:
@@ -190,11 +224,25 @@ def _exit_saying(message: str, status: int = 2) -> None:
     os._exit(status)
 
 
-def store():
-    """Returns the key-value store that the processes share."""
+def _jax_state():
     from jax._src import distributed  # the only door to the key-value store
 
-    return distributed.global_state.client
+    return distributed.global_state
+
+
+def store():
+    """Returns the key-value store that the processes share."""
+    return _apart[0] if _apart else _jax_state().client
+
+
+def index() -> int:
+    """Returns this process's number, from 0."""
+    return _apart[1] if _apart else jax.process_index()
+
+
+def count() -> int:
+    """Returns how many processes there are."""
+    return _apart[2] if _apart else jax.process_count()
 
 
 def _watch() -> None:
@@ -204,8 +252,8 @@ def _watch() -> None:
         time.sleep(1)
         try:
             for name, message in client.key_value_dir_get(f"{_PREFIX}/ended/"):
-                if name.rsplit("/", 1)[1] != str(jax.process_index()):
-                    client.key_value_set(f"{_PREFIX}/told/{jax.process_index()}", "")
+                if name.rsplit("/", 1)[1] != str(index()):
+                    client.key_value_set(f"{_PREFIX}/told/{index()}", "")
                     _exit_saying(message)
         except jax.errors.JaxRuntimeError:
             return  # the coordinator is gone; JAX ends this process
@@ -213,7 +261,7 @@ def _watch() -> None:
 
 def _end(error: BaseException) -> None:
     """Tells the others of an error, waits until they know, and ends this process."""
-    this, others = jax.process_index(), jax.process_count() - 1
+    this, others = index(), count() - 1
     if isinstance(error, jax.errors.JaxRuntimeError):
         # Most likely another process has died, which JAX finds out soon: then this never returns.
         time.sleep(HEARTBEAT_SECONDS + 10)

@@ -7,30 +7,37 @@ again) the others get from it. With one process every function returns what it w
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable, Mapping
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
+from cifar_jax import hosts
 from cifar_jax.checkpoints import Checkpoints, Restored
 from cifar_jax.environment import environment
 from cifar_jax.errors import UserError
 from cifar_jax.hosts import store
+from cifar_jax.workdir import Config, open_workdir
 
 _asked = 0  # answers given by the leader so far; all processes count alike
+_waited = 0  # calls of `wait_for_all`, likewise
+SHARED_SECONDS = 10.0  # until what one process writes is seen by the others, at the latest
 
 
 def several() -> bool:
     """Whether there is more than one process."""
-    return jax.process_count() > 1
+    return hosts.count() > 1
 
 
 def is_leader() -> bool:
     """Whether this process prints and writes."""
-    return jax.process_index() == 0
+    return hosts.index() == 0
 
 
 def from_leader(value: Any = None, seconds: float = 3600) -> Any:
@@ -61,6 +68,85 @@ def any_of(stop: Callable[[], int | None]) -> Callable[[], int | None]:
     return lambda: int(numbers(stop() or 0).max()) or None
 
 
+def relayed(stop: Callable[[], int | None]) -> Callable[[], int | None]:
+    """As `any_of`, for processes that go each its own way: a number that one of them gives reaches
+    the others when they next ask."""
+    told = False
+
+    def asked() -> int | None:
+        nonlocal told
+        number, client = stop(), store()
+        if number and not told:
+            client.key_value_set(f"cifar_jax/stop/{hosts.index()}", str(number))
+            told = True
+        return max((int(n) for _, n in client.key_value_dir_get("cifar_jax/stop/")), default=None)
+
+    return asked if several() else stop
+
+
+def wait_for_all(stop: Callable[[], int | None]) -> int | None:
+    """Returns once all processes have come here: None, or the number of a signal before that.
+    `stop` is from `relayed`."""
+    global _waited
+    if not several():
+        return None
+    _waited += 1
+    client, name = store(), f"cifar_jax/here/{_waited}"
+    client.key_value_set(f"{name}/{hosts.index()}", "")
+    number = None
+    while is_leader() and len(client.key_value_dir_get(f"{name}/")) < hosts.count():
+        number = stop()
+        if number:
+            break
+        time.sleep(0.2)
+    if is_leader():
+        client.key_value_set(f"{name}-all/0", json.dumps(number))
+    while not (said := client.key_value_dir_get(f"{name}-all/")):
+        stop()
+        time.sleep(0.2)
+    return json.loads(said[0][1])
+
+
+@contextlib.contextmanager
+def open_shared(workdir: Path, config: Config, *, overwrite: bool) -> Iterator[bool]:
+    """`open_workdir` for the leader; the others write to the same directory, unlocked.
+
+    Raises:
+      UserError: as there, or a process does not see the leader's directory.
+    """
+    leaders = open_workdir(workdir, config, overwrite=overwrite)
+    with leaders if is_leader() else contextlib.nullcontext() as resume:
+        resume = from_leader(resume)
+        _check_shared(workdir)
+        yield resume
+
+
+def _check_shared(folder: Path) -> None:
+    if not several():
+        return
+    file, token = folder / ".write-shared", uuid.uuid4().hex
+    if is_leader():
+        file.write_text(token)
+    token, place = from_leader([token, str(folder)])
+    deadline = time.monotonic() + SHARED_SECONDS
+    while not _holds(file, token):
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"process {hosts.index()} does not see the run directory of process 0, {place}, at "
+                f"{folder}: all write to that of --seeds, so give a --workdir that all share"
+            )
+        time.sleep(0.2)
+    wait_for_all(lambda: None)
+    if is_leader():
+        file.unlink()
+
+
+def _holds(file: Path, text: str) -> bool:
+    with contextlib.suppress(OSError):
+        return file.read_text() == text
+    return False
+
+
 def check_same(mine: Mapping[str, Any], seconds: float = 3600) -> None:
     """Compares with the leader what makes the processes one run: settings, data, versions.
 
@@ -73,9 +159,9 @@ def check_same(mine: Mapping[str, Any], seconds: float = 3600) -> None:
     """
     if not several():
         return
-    this, client = jax.process_index(), store()
+    this, client = hosts.index(), store()
     client.key_value_set(f"cifar_jax/settings/{this}", json.dumps(mine))
-    for process in range(jax.process_count()) if is_leader() else (0, this):
+    for process in range(hosts.count()) if is_leader() else (0, this):
         text = client.blocking_key_value_get(f"cifar_jax/settings/{process}", int(1000 * seconds))
         if process == 0:
             leader = json.loads(text)
@@ -88,7 +174,7 @@ def check_same(mine: Mapping[str, Any], seconds: float = 3600) -> None:
 
 def settings(run) -> dict[str, Any]:
     """Returns what must be the same in all processes of a run (`run.Run`)."""
-    about, config = environment(), run.config.to_dict()
+    config = run.config.to_dict()
     init = config.pop("init_from", None) or {}
     return {
         **config,
@@ -96,8 +182,16 @@ def settings(run) -> dict[str, Any]:
         "feed": run.place,
         "convolutions": run.options.lowering,
         "save_minutes": run.options.save_minutes,
-        "devices": jax.local_device_count(),
         "devices sharing a batch": run.devices,
+        **machine(),
+    }
+
+
+def machine() -> dict[str, Any]:
+    """Returns what must be the same in all processes of anything."""
+    about = environment()
+    return {
+        "devices": jax.local_device_count(),
         "platform": about["device"]["platform"],
         "versions": {name: v for name, v in about["versions"].items() if name != "python"},
         "commit": about["commit"],

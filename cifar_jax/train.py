@@ -114,7 +114,8 @@ def main(arguments: Sequence[str] | None = None, say=print) -> dict:
     if not options.save_minutes > 0:
         raise UserError(f"--save-minutes must be above 0, got {options.save_minutes:g}")
     cli.check_replica_options(options)
-    with hosts.joined(options.coordinator, options.num_processes, options.process_id):
+    where = (options.coordinator, options.num_processes, options.process_id)
+    with hosts.joined(*where, apart=bool(options.seeds)):
         alone = arguments is None and not options.seeds  # nothing else is trained in this process
         cli.start_device(options, recipe if alone else None)
         words = sys.argv[1:] if arguments is None else arguments
@@ -125,18 +126,18 @@ def _as_one(options, recipe_name, recipe, words: Sequence[str], say) -> dict:
     """`_main` in each of several processes; the leader alone prints and has the run directory."""
     from cifar_jax import together
 
-    if options.seeds and together.several():
-        raise UserError("--seeds trains in one process: give each its own and --num-processes 1")
     if together.is_leader():
         return _main(options, recipe_name, recipe, words, say)
     options.no_plots, options.tensorboard, options.overwrite = True, False, False
+    if options.seeds:  # every process writes the directories of its own runs
+        return _main(options, recipe_name, recipe, words, lambda _: None)
     with tempfile.TemporaryDirectory() as scratch:
         options.workdir = f"{scratch}/run"
         return _main(options, recipe_name, recipe, words, lambda _: None)
 
 
 def _main(options, recipe_name, recipe, words: Sequence[str], say) -> dict:
-    from cifar_jax import finish, initial, many, replicas, together, training
+    from cifar_jax import finish, initial, many, many_finish, replicas, together, training
     from cifar_jax.clock import Clock
     from cifar_jax.from_recipe import input_shape
     from cifar_jax.run import Options, make_run
@@ -168,13 +169,15 @@ def _main(options, recipe_name, recipe, words: Sequence[str], say) -> dict:
         start = initial.load(source, run.model, input_shape(recipe, config.dataset["image_shape"]))
         run.start_from(start.variables, start.record)
         notices = [*start.notices, ""]
-    together.check_same(together.settings(run))
+    how = {"replica form": form, "group size": options.group_size} if seeds else {}
+    together.check_same(together.settings(run) | how)
     opening = [*finish.opening_lines(run, workdir), *notices]
     if seeds:
         plan = many.make_plan(run, len(seeds), form, options.devices, options.group_size)
         opening = [*many.opening_lines(run, plan), *opening]
-    shown = many.results_text if seeds else finish.results_text
-    with open_workdir(workdir, run.config, overwrite=options.overwrite) as resume:
+    shown = many_finish.results_text if seeds else finish.results_text
+    opened = together.open_shared if seeds else open_workdir
+    with opened(workdir, run.config, overwrite=options.overwrite) as resume:
         resume = together.from_leader(resume)
         summary = together.from_leader(_complete(workdir, shown, say) if resume else None)
         if summary is not None:
@@ -184,7 +187,7 @@ def _main(options, recipe_name, recipe, words: Sequence[str], say) -> dict:
         with stop_requests() as stop:
             try:
                 if seeds:
-                    return many.train_and_test(run, plan, workdir, stop, say)
+                    return many.train_and_test(run, plan, workdir, together.relayed(stop), say)
                 state, trained = training.train(run, workdir, together.any_of(stop), say, resume)
             except training.Interrupted as interrupted:
                 number, step = interrupted.args

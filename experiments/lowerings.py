@@ -20,7 +20,7 @@ from cifar_jax.errors import UserError, lookup, run_command
 from cifar_jax.recipes import RECIPES
 from cifar_jax.records import to_json, write_summary
 from cifar_jax.spread import spread
-from experiments.reproduce import RESULTS, data_words, number, shown
+from experiments.reproduce import RESULTS, common_words, number, shown
 
 COMPARED = ("lax", "gemm", "winograd")
 
@@ -79,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> dict:
     options = parser.parse(arguments)
     recipe = lookup(RECIPES, options.recipe, "recipe")
     epochs = options.epochs or recipe.epochs
-    words = ["--recipe", options.recipe, "--epochs", str(epochs), *data_words(options)]
+    words = ["--recipe", options.recipe, "--epochs", str(epochs), *common_words(options)]
     words += ["--seeds", ",".join(str(seed) for seed in options.seeds)]
     runs, kept = {}, {"recipe": options.recipe, "epochs": epochs}
     for name in COMPARED:

@@ -78,9 +78,11 @@ def pytorch(recipe: str) -> list[dict]:
     ]
 
 
-def data_words(options) -> list[str]:
-    """Returns the data options that were given, as words of another command."""
-    words = ["--data-dir", options.data_dir] if options.data_dir else []
+def common_words(options) -> list[str]:
+    """Returns, as words of `train`, that it stays in this process, which calls it several times,
+    and the data options that were given."""
+    words = ["--num-processes", "1"]
+    words += ["--data-dir", options.data_dir] if options.data_dir else []
     return words + (["--archive", options.archive] if options.archive else [])
 
 
@@ -147,7 +149,7 @@ def main(arguments: Sequence[str] | None = None) -> dict:
     parser.add_argument("--out", default=str(RESULTS), help="where the tables go")
     cli.add_data_options(parser)
     options = parser.parse(arguments)
-    extra = data_words(options)
+    extra = common_words(options)
     out = Path(options.out)
     results = former(out / "reproduce.json")
     for name in options.recipes:

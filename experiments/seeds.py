@@ -20,7 +20,7 @@ from cifar_jax.errors import lookup, run_command
 from cifar_jax.published import PUBLISHED
 from cifar_jax.records import to_json, write_summary
 from cifar_jax.spread import spread
-from experiments.reproduce import RESULTS, data_words, former
+from experiments.reproduce import RESULTS, common_words, former
 
 COUNTS = {"tutorial": 64, "adam": 64, "dropout": 32, "deep": 16}
 KEPT = (
@@ -85,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> dict:
         lookup(PUBLISHED, name, "recipe with published figures")
         words = ["--recipe", name, "--dataset", "cifar10", "--seeds", f"0:{count}"]
         workdir = Path(options.runs) / f"{name}-{count}"
-        summary = train.main([*words, "--workdir", str(workdir), *data_words(options)])
+        summary = train.main([*words, "--workdir", str(workdir), *common_words(options)])
         results[name] = {key: summary[key] for key in KEPT}
         results = to_json({name: results[name] for name in COUNTS if name in results})
         write(results, Path(options.out))

@@ -7,7 +7,8 @@ trains every combination (`--random N`: N points by chance) and writes `results.
 run, `summary.json` and pictures into the workdir. Learning rate, momentum, weight decay, clipping,
 label smoothing and averaging are arrays of one program in which all their points train together;
 other settings are taken one after another. The same command goes on where it stopped. A run whose
-loss is not finite is frozen, reported, and disturbs no other.
+loss is not finite is frozen, reported, and disturbs no other. Several processes take a share of the
+runs each (docs/scaling.md).
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ def make_parser() -> cli.Parser:
         group.add_argument(option, metavar="AXIS", default=argparse.SUPPRESS)
     cli.add_data_options(parser)
     cli.add_device_options(parser)
+    cli.add_host_options(parser)
     return parser
 
 
@@ -96,11 +98,21 @@ def main(arguments: Sequence[str] | None = None, say=print) -> dict:
     name, recipe, varied, points = plan_of(options)
     if not options.save_minutes > 0:
         raise UserError(f"--save-minutes must be above 0, got {options.save_minutes:g}")
-    cli.start_device(options)
+    from cifar_jax import hosts, together
 
-    from cifar_jax import training
+    where = (options.coordinator, options.num_processes, options.process_id)
+    with hosts.joined(*where, apart=True):
+        cli.start_device(options)
+        words = sys.argv[1:] if arguments is None else arguments
+        tell = say if together.is_leader() else lambda _: None
+        return _main(options, name, recipe, varied, points, words, tell)
+
+
+def _main(options, name: str, recipe: Recipe, varied, points, words: Sequence[str], say) -> dict:
+    """`main` in each of the processes, of which the leader alone prints and reports."""
+    from cifar_jax import together, training
     from cifar_jax.train import stop_requests
-    from cifar_jax.workdir import Config, describe_data, open_workdir
+    from cifar_jax.workdir import Config, describe_data
 
     dataset = cli.load_data(options, recipe.dataset)
     config = Config(
@@ -114,20 +126,29 @@ def main(arguments: Sequence[str] | None = None, say=print) -> dict:
     )
     workdir = Path(options.workdir or f"runs/sweep-{name}").absolute()
     sweep = Sweep(config, dataset, varied, points, options)
+    how = {
+        "group size": options.group_size,
+        "replica form": sweep.form,
+        "convolutions": sweep.run_options.lowering,
+    }
+    together.check_same({**config.to_dict(), **together.machine(), **how})
     with (
-        open_workdir(workdir, config, overwrite=options.overwrite),
+        together.open_shared(workdir, config, overwrite=options.overwrite),
         stop_requests() as stop,
     ):
         try:
-            rows, seconds = sweep.train(workdir, stop, say)
+            rows, seconds = sweep.train(workdir, together.relayed(stop), say)
         except training.Interrupted as interrupted:
             number, step = interrupted.args
-            words = list(sys.argv[1:] if arguments is None else arguments)
             again = shlex.join([word for word in words if word != "--overwrite"])
             say(f"Stopped by {signal.Signals(number).name} after step {step}; all is saved.")
             say(f"Go on with: python -m experiments.sweep {again}")
             raise SystemExit(128 + number) from None
-        return sweep_report.report(config, varied, points, rows, seconds, workdir, say)
+        if not together.is_leader():
+            return together.from_leader()
+        return together.from_leader(
+            sweep_report.report(config, varied, points, rows, seconds, workdir, say)
+        )
 
 
 class Sweep:
@@ -139,14 +160,14 @@ class Sweep:
 
         self.config, self.dataset, self.points, self.options = config, dataset, points, options
         self.programs = axes_of.programs_of(points, varied)
-        form = replicas.choose_form(options.replica_form)
-        lowering = replicas.choose_lowering(form, options.conv)
+        self.form = replicas.choose_form(options.replica_form)
+        lowering = replicas.choose_lowering(self.form, options.conv)
         self.run_options = Options(lowering=lowering, save_minutes=options.save_minutes)
         self.count = len(points) * len(config.seeds)
 
     def train(self, workdir: Path, stop, say) -> tuple[list[dict], dict]:
         """Trains what is missing; returns a row for each run, and {phase: seconds}."""
-        from cifar_jax import from_recipe, many, replicas
+        from cifar_jax import from_recipe, many, many_finish, replicas, together
         from cifar_jax.clock import Clock
         from cifar_jax.progress import Progress
         from cifar_jax.run import make_run
@@ -164,7 +185,7 @@ class Sweep:
             plan = many.make_plan(
                 run,
                 len(runs),
-                self.options.replica_form,
+                self.form,
                 self.options.devices,
                 self.options.group_size,
                 from_recipe.swept_step_of(base, run.model, run.steps_per_epoch),
@@ -175,7 +196,8 @@ class Sweep:
                 f"{len(runs)} runs together, {plan.size} at a time, form {plan.programs.form}, "
                 f"{replicas.describe_mesh(plan.programs.mesh)}"
             )
-            with Progress(base.epochs * len(run.training) * len(runs)) as bar:
+            images = base.epochs * len(run.training) * len(runs)
+            with Progress(images, shown=together.is_leader()) as bar:
                 done = many.train_groups(
                     members,
                     plan,
@@ -195,7 +217,7 @@ class Sweep:
                     ((i, seed) for i in places for seed in self.config.seeds), results, strict=True
                 )
             ]
-            for phase, value in many.all_seconds(run, done).items():
+            for phase, value in many_finish.all_seconds(run, done).items():
                 seconds[phase] = seconds.get(phase, 0.0) + value
         return sorted(rows, key=lambda row: row["point"]), seconds
 

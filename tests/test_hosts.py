@@ -4,18 +4,15 @@ import contextlib
 import io
 import json
 import os
-import re
 import shutil
 import signal
-import socket
-import subprocess
-import sys
 import time
 import urllib.request
 
 import numpy as np
 import pytest
-from tiny_data import ROOT, command_environment, rows_of, states_of, tiny, words
+from hosts_support import Processes, free_port
+from tiny_data import rows_of, states_of, tiny, words
 
 from cifar_jax import feed, hardware, hosts, resident, together, train
 from cifar_jax.errors import UserError
@@ -23,54 +20,6 @@ from cifar_jax.errors import UserError
 __all__ = ["tiny"]
 
 RUN = words("--recipe adam --conv lax --epochs 2 --batch-size 30 --select-best --no-plots")
-
-
-def free_port():
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
-class Processes:
-    """`train` in several processes of two CPU devices each, on this machine."""
-
-    def __init__(self, folder, workdir, arguments, count=2, environments=None, flags=True):
-        self.port = free_port()
-        environment = command_environment(folder / "xla") | {"JAX_NUM_CPU_DEVICES": "2"}
-        self.outputs = [folder / f"out{i}.txt" for i in range(count)]
-        self.running = []
-        for i, output in enumerate(self.outputs):
-            join = [
-                *("--coordinator", f"127.0.0.1:{self.port}"),
-                *("--num-processes", str(count), "--process-id", str(i)),
-            ]
-            common = ["--devices", "2", "--workdir", str(workdir), *(join if flags else [])]
-            extra = (environments or {}).get(i, {})
-            own = arguments[i] if isinstance(arguments, dict) else arguments
-            with output.open("w") as file:
-                process = subprocess.Popen(
-                    [sys.executable, "-m", "cifar_jax.train", *own, *common],
-                    stdout=file,
-                    stderr=subprocess.STDOUT,
-                    env=environment | extra,
-                    cwd=ROOT,
-                )
-            self.running.append(process)
-
-    def wait(self, seconds=300):
-        """Returns each one's exit status, and what it printed without the transport's greetings."""
-        try:
-            status = [process.wait(seconds) for process in self.running]
-        finally:
-            for process in self.running:
-                process.kill()
-        texts = [output.read_text() for output in self.outputs]
-        # Gloo's threads write "[Gloo] Rank 0 is connected to ..." over each other.
-        keep = [
-            [line for line in t.splitlines() if not re.search(r"\[Gloo\]|peer ranks", line)]
-            for t in texts
-        ]
-        return status, keep
 
 
 def assert_equal_runs(workdir, reference):
@@ -278,6 +227,13 @@ def test_what_starts_several_processes_is_noticed(monkeypatch):
     monkeypatch.setattr(hosts.importlib.util, "find_spec", lambda name: True)
     assert hosts.cluster({"GCE_METADATA_IP": "10.0.0.1"}) == "Cloud TPU"
     assert hosts.cluster({"GCE_METADATA_IP": "10.0.0.1", "JAX_PLATFORMS": "cpu"}) is None
+
+
+def test_workers_of_a_tpu_do_not_train_apart(monkeypatch, tmp_path):
+    monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "a,b")
+    with pytest.raises(UserError, match="one TPU worker: give it --num-processes 1"):
+        train.main([*words("--seeds 0:4"), "--workdir", str(tmp_path / "run")], say=id)
+    assert not (tmp_path / "run").exists()
 
 
 def test_one_process_stays_alone_where_that_is_asked(monkeypatch):

@@ -12,7 +12,16 @@ import pytest
 from PIL import Image
 from tiny_data import SIZES, rows_of, small, states_of, summary_of, tiny, words
 
-from cifar_jax import convert, evaluate, group_size, many, parallel, predict, published, train
+from cifar_jax import (
+    convert,
+    evaluate,
+    group_size,
+    many_finish,
+    parallel,
+    predict,
+    published,
+    train,
+)
 from cifar_jax.errors import UserError, run_command
 from cifar_jax.recipes import RECIPES
 from cifar_jax.run import Run
@@ -286,4 +295,4 @@ def test_the_lines_of_a_single_run_have_no_spread(group):
     for name in ("std", "standard_error"):
         summary["test_loss"][name] = None
     summary["test_loss"]["interval_95"] = [None, None]
-    assert "std -  standard error -  95 % interval - to -" in many.results_text(summary)
+    assert "std -  standard error -  95 % interval - to -" in many_finish.results_text(summary)

@@ -1,0 +1,140 @@
+"""The end of many runs of one recipe: their spread, its report, `summary.json` and the picture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from cifar_jax import hosts, published, records, replicas, report
+from cifar_jax import spread as spreads
+from cifar_jax.clock import peak_memory
+from cifar_jax.environment import environment
+from cifar_jax.errors import UserError
+from cifar_jax.group import Programs
+from cifar_jax.members import folder_of
+from cifar_jax.run import Run
+from cifar_jax.training import Print
+from cifar_jax.workdir import write_json
+
+
+def all_seconds(run: Run, groups: Sequence[Mapping]) -> dict[str, float]:
+    """Returns {phase: seconds} of this process's start and of all groups (`many.train_groups`);
+    where several processes trained them, of the one that took longest."""
+    seconds, sums = run.clock.seconds(), {}
+    for part in groups:
+        for phase, value in part["seconds"].items():
+            of_phase = sums.setdefault(phase, {})
+            process = part.get("process", 0)
+            of_phase[process] = of_phase.get(process, 0.0) + value
+    for phase, of_phase in sums.items():
+        seconds[phase] = round(seconds.get(phase, 0.0) + max(of_phase.values()), 4)
+    return seconds
+
+
+def finish(
+    run: Run,
+    members: Sequence[Run],
+    programs: Programs,
+    size: int,
+    done: Sequence[Mapping],
+    workdir: Path,
+    say: Print,
+) -> dict:
+    """Adds up what the directories hold, draws, and writes `summary.json` last.
+
+    Args:
+      run: the first of the runs, as of the start; its config knows all seeds.
+      members: every run.
+      programs, size: of the groups in which they were trained.
+      done: from `many.train_groups`.
+
+    Returns:
+      What `summary.json` holds.
+
+    Raises:
+      UserError: every run diverged, or the disk is full.
+    """
+    diverged = {int(seed): step for part in done for seed, step in part["result"].items()}
+    seconds = all_seconds(run, done)
+    folders = [folder_of(workdir, m) for m in members if m.config.seed not in diverged]
+    if not folders:
+        rate = run.config.recipe.learning_rate
+        raise UserError(
+            f"all {len(members)} runs diverged, the last at step {max(diverged.values())}; "
+            f"try --learning-rate {rate / 10:g}, --clip-norm 1 or --warmup-epochs 1, "
+            "with --overwrite"
+        )
+    found = spreads.of_directories(folders, run.dataset.splits["test"].labels)
+    images = run.config.recipe.epochs * len(run.training) * len(members)
+    training = seconds.get("training")
+    summary = records.to_json(
+        {
+            **run.config.to_dict(),
+            "dataset": {**run.config.dataset, "source": run.dataset.source},
+            "training_images": len(run.training),
+            "validation_images": len(run.validation),
+            "parameters": run.parameters,
+            "lowering": run.options.lowering,
+            "form": programs.form,
+            "devices": programs.mesh.size * hosts.count(),
+            "processes": hosts.count(),
+            "devices_sharing_a_batch": replicas.sharing_a_batch(programs.mesh),
+            "group_size": min(size, len(members)),
+            **found,
+            "diverged": [{"seed": seed, "step": step} for seed, step in sorted(diverged.items())],
+            "published_accuracy": [value / 100 for value in _published(run)],
+            "images_per_second": images / training if training else None,
+            "seconds": seconds,
+            "peak_memory_bytes": peak_memory(),
+            **environment(),
+        }
+    )
+    if run.options.plots:
+        percent = [100 * member["test_accuracy"] for member in summary["runs"]]
+        spreads.histogram(
+            percent,
+            spreads.spread(percent),
+            workdir / "plots" / "test_accuracy.png",
+            heading=f"{run.config.recipe_name}: test accuracy of {len(folders)} runs",
+            value_name="test accuracy, %",
+            ensemble=100 * summary["ensemble"]["test_accuracy"],
+            published=_published(run),
+        )
+    say("")
+    say(results_text(summary))
+    write_json(workdir / "summary.json", summary)
+    say(f"Written to {workdir}; each run is a run directory: {folders[0]} ...")
+    return summary
+
+
+def _published(run: Run) -> list[float]:
+    config = run.config
+    return published.accuracies(config.recipe_name, config.recipe, config.dataset["name"])
+
+
+def results_text(summary: Mapping) -> str:
+    """Returns the lines of a `summary.json` of several runs."""
+    percent = {"scale": 100.0, "digits": 2, "unit": " %"}
+    lines = [
+        spreads.line("Test loss", summary["test_loss"]),
+        spreads.line("Test accuracy", summary["test_accuracy"], **percent),
+    ]
+    width = max(len(row["class"]) for row in summary["per_class"])
+    percent["digits"] = 1
+    lines += [
+        spreads.line(f"  {row['class']:<{width}}", row, **percent) for row in summary["per_class"]
+    ]
+    ensemble = summary["ensemble"]
+    lines.append(
+        f"Ensemble of {len(summary['runs'])}: test loss {ensemble['test_loss']:.6f}, accuracy "
+        f"{100 * ensemble['test_accuracy']:.2f} % "
+        f"({ensemble['test_correct']}/{ensemble['test_count']})"
+    )
+    for value in summary["published_accuracy"]:
+        below = sum(run["test_accuracy"] < value for run in summary["runs"])
+        count = len(summary["runs"])
+        lines.append(f"Published {100 * value:.2f} %: {below} of {count} runs lie below it")
+    for row in summary["diverged"]:
+        lines.append(f"Diverged: seed {row['seed']}, at step {row['step']}; counts nowhere above")
+    lines.append(report.timing_line(summary["seconds"], summary["images_per_second"]))
+    return "\n".join(lines)
