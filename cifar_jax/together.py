@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -38,6 +39,12 @@ def several() -> bool:
 def is_leader() -> bool:
     """Whether this process prints and writes."""
     return hosts.index() == 0
+
+
+def warn(line: str) -> None:
+    """Says what a process that trains runs of its own has to say beside the leader: warnings."""
+    if line.startswith("warning"):
+        print(f"process {hosts.index()}: {line}", file=sys.stderr)
 
 
 def from_leader(value: Any = None, seconds: float = 3600) -> Any:

@@ -130,7 +130,7 @@ def _as_one(options, recipe_name, recipe, words: Sequence[str], say) -> dict:
         return _main(options, recipe_name, recipe, words, say)
     options.no_plots, options.tensorboard, options.overwrite = True, False, False
     if options.seeds:  # every process writes the directories of its own runs
-        return _main(options, recipe_name, recipe, words, lambda _: None)
+        return _main(options, recipe_name, recipe, words, together.warn)
     with tempfile.TemporaryDirectory() as scratch:
         options.workdir = f"{scratch}/run"
         return _main(options, recipe_name, recipe, words, lambda _: None)
@@ -182,7 +182,7 @@ def _main(options, recipe_name, recipe, words: Sequence[str], say) -> dict:
         summary = together.from_leader(_complete(workdir, shown, say) if resume else None)
         if summary is not None:
             return summary
-        for line in opening:
+        for line in opening if together.is_leader() else ():
             say(line)
         with stop_requests() as stop:
             try:

@@ -104,7 +104,7 @@ def main(arguments: Sequence[str] | None = None, say=print) -> dict:
     with hosts.joined(*where, apart=True):
         cli.start_device(options)
         words = sys.argv[1:] if arguments is None else arguments
-        tell = say if together.is_leader() else lambda _: None
+        tell = say if together.is_leader() else together.warn
         return _main(options, name, recipe, varied, points, words, tell)
 
 

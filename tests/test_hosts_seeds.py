@@ -72,12 +72,13 @@ def test_a_workdir_that_not_all_see_is_refused(tiny, folder, tmp_path):
 
 def test_a_sweep_is_shared_too(tiny, folder, tmp_path):
     """Two programs, of which each process trains a part."""
-    axes = "--recipe adam --conv lax --epochs 1 --learning-rate log:1e-4:1e-1:4 --batch-size 30,60"
-    arguments = [*words(axes), "--data-dir", str(tiny)]
+    axes = "--learning-rate 1e-4,1e-3,1e-2,1000 --batch-size 30,60"
+    arguments = words(f"--recipe tutorial --conv lax --epochs 1 {axes} --data-dir {tiny}")
     command = {"command": "experiments.sweep"}
     status, (said, other) = Processes(folder, tmp_path / "two", arguments, **command).wait()
     assert status == [0, 0], (said, other)
-    assert other == []
+    for batch_size, line in zip((30, 60), other, strict=True):  # nothing else
+        assert f"process 1: warning: batch_size {batch_size}, learning_rate 1000, seed 0" in line
     one = Processes(
         folder, tmp_path / "one", [*arguments, "--group-size", "2"], count=1, flags=False, **command
     )
