@@ -15,6 +15,7 @@ from tiny_data import (
     Launcher,
     assert_same_run,
     copy_run,
+    rows_of,
     small,
     snapshot,
     tiny,
@@ -170,7 +171,12 @@ def test_killed_on_two_devices_a_run_ends_the_same(launcher, tiny, reference, tm
         json.loads((folder / "summary.json").read_text()) for folder in (reference[0], whole)
     )
     assert (one["devices_sharing_a_batch"], two["devices_sharing_a_batch"]) == (1, 2)
-    assert two["test_loss"] == pytest.approx(one["test_loss"], rel=1e-3)
+    # Other batches or draws would be far off from the first steps on; rounding grows with them.
+    first, *_ = zip(rows_of(whole, "window"), rows_of(reference[0], "window"), strict=True)
+    assert first[0]["loss"] == pytest.approx(first[1]["loss"], rel=1e-5)
+    epoch, *_ = zip(rows_of(whole, "epoch"), rows_of(reference[0], "epoch"), strict=True)
+    assert epoch[0]["train_loss"] == pytest.approx(epoch[1]["train_loss"], rel=1e-3)
+    assert two["test_loss"] == pytest.approx(one["test_loss"], rel=1e-2)
 
 
 @pytest.mark.slow
