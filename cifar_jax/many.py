@@ -77,9 +77,9 @@ def opening_lines(run: Run, plan: Plan) -> list[str]:
     groups = -(-len(seeds) // plan.size)
     if groups > 1:
         free = f" of {plan.available / 2**30:,.1f} GiB free" if plan.available else ""
+        how = "one after another" if processes == 1 else f"dealt to {processes} processes"
         lines.append(
-            f"Groups     {groups} of up to {plan.size} runs, one after another"
-            f"{' in each process' if processes > 1 else ''}: a run takes about "
+            f"Groups     {groups} of up to {plan.size} runs, {how}: a run takes about "
             f"{plan.bytes / 2**20:,.1f} MiB{free}"
         )
     return lines

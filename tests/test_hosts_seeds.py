@@ -46,6 +46,7 @@ def test_two_processes_train_their_shares(tiny, folder, tmp_path):
     assert status == [0, 0], (said, other)
     assert other == [], "one process prints"
     assert any("5 runs, seeds 3:8, on 2 devices of each of 2 processes" in line for line in said)
+    assert any("2 of up to 3 runs, dealt to 2 processes: " in line for line in said)
     assert any(line.startswith("Group 1 of 2: 3 runs") for line in said)
     assert not any(line.startswith("Group 2") for line in said), "the other process trained it"
     assert any(line.startswith("Ensemble of 5") for line in said)
