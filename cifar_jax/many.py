@@ -77,9 +77,9 @@ def opening_lines(run: Run, plan: Plan) -> list[str]:
     groups = -(-len(seeds) // plan.size)
     if groups > 1:
         free = f" of {plan.available / 2**30:,.1f} GiB free" if plan.available else ""
-        how = "one after another" if processes == 1 else f"dealt to {processes} processes"
+        order = "one after another" if processes == 1 else f"dealt to {processes} processes"
         lines.append(
-            f"Groups     {groups} of up to {plan.size} runs, {how}: a run takes about "
+            f"Groups     {groups} of up to {plan.size} runs, {order}: a run takes about "
             f"{plan.bytes / 2**20:,.1f} MiB{free}"
         )
     return lines
@@ -109,11 +109,9 @@ def train_and_test(
             bar.print if say is print else say,
             bar,
         )
-    if not together.is_leader():
-        return together.from_leader()
     size = _group_size(plan.size, workdir)
-    return together.from_leader(
-        many_finish.finish(run, members, plan.programs, size, done, workdir, say)
+    return together.by_leader(
+        lambda: many_finish.finish(run, members, plan.programs, size, done, workdir, say)
     )
 
 
@@ -148,9 +146,11 @@ def train_groups(
       Interrupted: stopped by a signal, after saving.
       UserError: a full disk, or no good checkpoint among those there.
     """
-    size = together.from_leader(together.is_leader() and _group_size(plan.size, workdir))
+    size = together.by_leader(lambda: _group_size(plan.size, workdir))
     recipe, processes, this = members[0].config.recipe, hosts.count(), hosts.index()
-    images, folders, trained = recipe.epochs * len(members[0].training), [], 0
+    images = recipe.epochs * len(members[0].training)
+    last_step = recipe.epochs * members[0].steps_per_epoch
+    folders, trained = [], 0
     for number, first in enumerate(range(0, len(members), size)):
         part = slice(first, first + size)
         group, folder = members[part], workdir / "groups" / str(number)
@@ -162,7 +162,7 @@ def train_groups(
             continue
         signal = stop()
         if signal and trained:
-            raise Interrupted(signal, recipe.epochs * members[0].steps_per_epoch)
+            raise Interrupted(signal, last_step)
         if size < len(members):
             runs = f"{len(group)} run{'s' if len(group) > 1 else ''}"
             say(f"Group {number + 1} of {-(-len(members) // size)}: {runs}")
@@ -181,7 +181,7 @@ def train_groups(
         trained += 1
     signal = together.wait_for_all(stop)
     if signal:
-        raise Interrupted(signal, recipe.epochs * members[0].steps_per_epoch)
+        raise Interrupted(signal, last_step)
     return [_read(folder / DONE) for folder in folders]
 
 

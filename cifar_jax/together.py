@@ -61,6 +61,11 @@ def from_leader(value: Any = None, seconds: float = 3600) -> Any:
     return json.loads(store().blocking_key_value_get(name, int(1000 * seconds)))
 
 
+def by_leader(function: Callable[[], Any]) -> Any:
+    """Returns, in every process, what `function()` returns in the leader, which alone calls it."""
+    return from_leader(function() if is_leader() else None)
+
+
 def numbers(*values: int) -> np.ndarray:
     """Returns int32 [processes, len(values)]: what each process gave. All must call it."""
     if not several():
@@ -115,15 +120,17 @@ def wait_for_all(stop: Callable[[], int | None]) -> int | None:
 
 
 @contextlib.contextmanager
-def open_shared(workdir: Path, config: Config, *, overwrite: bool) -> Iterator[bool]:
-    """`open_workdir` for the leader; the others write to the same directory, unlocked.
+def open_shared(workdir: Path, config: Config, *, overwrite: bool) -> Iterator[bool | None]:
+    """`open_workdir` for the leader; the others write to the same directory, unlocked, and are told
+    nothing of what was there (None).
 
     Raises:
       UserError: as there, or a process does not see the leader's directory.
     """
-    leaders = open_workdir(workdir, config, overwrite=overwrite)
-    with leaders if is_leader() else contextlib.nullcontext() as resume:
-        resume = from_leader(resume)
+    opened = contextlib.nullcontext()
+    if is_leader():
+        opened = open_workdir(workdir, config, overwrite=overwrite)
+    with opened as resume:
         _check_shared(workdir)
         yield resume
 

@@ -179,7 +179,7 @@ def _main(options, recipe_name, recipe, words: Sequence[str], say) -> dict:
     opened = together.open_shared if seeds else open_workdir
     with opened(workdir, run.config, overwrite=options.overwrite) as resume:
         resume = together.from_leader(resume)
-        summary = together.from_leader(_complete(workdir, shown, say) if resume else None)
+        summary = together.by_leader(lambda: _complete(workdir, shown, say) if resume else None)
         if summary is not None:
             return summary
         for line in opening if together.is_leader() else ():

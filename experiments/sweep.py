@@ -144,10 +144,8 @@ def _main(options, name: str, recipe: Recipe, varied, points, words: Sequence[st
             say(f"Stopped by {signal.Signals(number).name} after step {step}; all is saved.")
             say(f"Go on with: python -m experiments.sweep {again}")
             raise SystemExit(128 + number) from None
-        if not together.is_leader():
-            return together.from_leader()
-        return together.from_leader(
-            sweep_report.report(config, varied, points, rows, seconds, workdir, say)
+        return together.by_leader(
+            lambda: sweep_report.report(config, varied, points, rows, seconds, workdir, say)
         )
 
 

@@ -4,6 +4,7 @@ import re
 import socket
 import subprocess
 import sys
+import time
 
 from tiny_data import ROOT, command_environment
 
@@ -65,3 +66,12 @@ class Processes:
             for t in texts
         ]
         return status, keep
+
+
+def until_saved(folder, processes, seconds=240):
+    """Waits until the folder of a run, or of a group of runs, holds a complete checkpoint."""
+    deadline = time.monotonic() + seconds
+    while not list(folder.glob("checkpoints/*/checkpoint.json")):
+        assert time.monotonic() < deadline
+        assert all(process.poll() is None for process in processes.running)
+        time.sleep(0.05)

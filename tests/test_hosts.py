@@ -11,7 +11,7 @@ import urllib.request
 
 import numpy as np
 import pytest
-from hosts_support import Processes, free_port
+from hosts_support import Processes, free_port, until_saved
 from tiny_data import rows_of, states_of, tiny, words
 
 from cifar_jax import feed, hardware, hosts, resident, together, train
@@ -64,15 +64,6 @@ def test_two_processes_are_one_run(alone, tiny, folder, tmp_path):
     summary = json.loads((workdir / "summary.json").read_text())
     assert summary["device"]["processes"] == 2
     assert summary["devices_sharing_a_batch"] == 4
-
-
-def until_saved(workdir, processes, seconds=240):
-    """Waits until the first epoch's checkpoint is complete."""
-    deadline = time.monotonic() + seconds
-    while not list(workdir.glob("checkpoints/*/checkpoint.json")):
-        assert time.monotonic() < deadline
-        assert all(process.poll() is None for process in processes.running)
-        time.sleep(0.05)
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ import signal
 import time
 
 import pytest
-from hosts_support import Processes
+from hosts_support import Processes, until_saved
 from test_many import assert_same
 from tiny_data import summary_of, tiny, words
 
@@ -91,15 +91,6 @@ def test_a_sweep_is_shared_too(tiny, folder, tmp_path):
     assert (tmp_path / "two" / "plots" / "map.png").exists()
 
 
-def until_epoch(workdir, group, processes):
-    """Waits until a group has written a checkpoint."""
-    deadline = time.monotonic() + 240
-    while not list(workdir.glob(f"groups/{group}/checkpoints/*/checkpoint.json")):
-        assert time.monotonic() < deadline
-        assert all(process.poll() is None for process in processes.running)
-        time.sleep(0.05)
-
-
 @pytest.fixture(scope="module")
 def longer(tiny, folder, tmp_path_factory):
     """(arguments, directory) of runs that nothing disturbed."""
@@ -118,7 +109,7 @@ def test_what_ends_one_ends_all_and_any_number_goes_on(sent, to, longer, folder,
     workdir, copy = tmp_path / "run", tmp_path / "copy"
     processes = Processes(folder, workdir, arguments)
     for group in range(2):
-        until_epoch(workdir, group, processes)
+        until_saved(workdir / "groups" / str(group), processes)
     processes.running[to].send_signal(sent)
     began = time.monotonic()
     status = processes.running[1 - to].wait(120)
