@@ -75,7 +75,7 @@ def read_image(path: Path, height: int, width: int) -> np.ndarray:
 
     try:
         with Image.open(path) as opened:
-            image = _eight_bits(ImageOps.exif_transpose(opened))
+            image = _eight_bits(ImageOps.exif_transpose(opened), opened.format)
             if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
                 image = image.convert("RGBA")
                 white = Image.new("RGBA", image.size, "white")
@@ -86,17 +86,24 @@ def read_image(path: Path, height: int, width: int) -> np.ndarray:
         raise UserError(f"cannot read the image {path}: {error or type(error).__name__}") from None
 
 
-def _eight_bits(image):
-    """Scales 16-bit grey to 8 bits, where Pillow's own conversion would cut it off at 255."""
+# What Pillow opens as 32-bit integers (mode I) although it has 16 bits.
+_SIXTEEN_BITS = ("PNG", "PPM")
+
+
+def _eight_bits(image, kind: str):
+    """Scales 16-bit grey to 8 bits, where Pillow's own conversion would cut it off at 255.
+
+    Args:
+      kind: Pillow's name of the file's format.
+    """
     from PIL import Image
 
-    if image.mode == "F":
-        raise ValueError("its pixels are floating-point numbers of no known range")
+    if image.mode == "F" or (image.mode == "I" and kind not in _SIXTEEN_BITS):
+        numbers = "floating-point numbers" if image.mode == "F" else "32-bit integers"
+        raise ValueError(f"its pixels are {numbers} of no known range; save it with 8 bits")
     if not image.mode.startswith("I"):
         return image
     values = np.asarray(image)
-    if values.min() < 0 or values.max() > 65535:
-        raise ValueError("its pixels have more than 16 bits")
     return Image.fromarray((values // 256).astype(np.uint8))
 
 

@@ -204,13 +204,15 @@ def test_transparent_parts_become_white(how, tmp_path):
 
 def test_sixteen_bits_become_eight(tmp_path):
     values = np.linspace(0, 65535, 1024).astype(np.uint16).reshape(32, 32)
-    for ending in ("png", "tif"):
+    for ending in ("png", "tif", "pgm"):
         path = tmp_path / f"image.{ending}"
         Image.fromarray(values).save(path)
         np.testing.assert_array_equal(read(path), np.repeat(values[..., None] // 256, 3, axis=2))
-    Image.fromarray(values.astype(np.float32)).save(tmp_path / "float.tif")
-    with pytest.raises(UserError, match=r"float\.tif.*no known range"):
-        read(tmp_path / "float.tif")
+    for kind in (np.float32, np.int32):
+        for scale in (1, 1 / 256):
+            Image.fromarray((values * scale).astype(kind)).save(tmp_path / "wide.tif")
+            with pytest.raises(UserError, match=r"wide\.tif.*no known range"):
+                read(tmp_path / "wide.tif")
 
 
 def test_the_cameras_orientation_is_applied(tmp_path):
