@@ -9,7 +9,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from cifar_jax.errors import lookup
+from cifar_jax.errors import UserError, lookup
 
 # name -> (mean, standard deviation) of each channel on the [0, 1] scale.
 NORMALIZATIONS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
@@ -28,11 +28,16 @@ def normalize(images: jax.Array, name: str = "half", dtype=jnp.float32) -> jax.A
     Float images pass as they are (they count as normalised already), cast to `dtype`.
 
     Raises:
-      UserError: unknown normalisation.
+      UserError: unknown normalisation, or images of any other type.
     """
     mean, std = lookup(NORMALIZATIONS, name, "normalization")
-    if images.dtype != jnp.uint8:
+    if jnp.issubdtype(images.dtype, jnp.floating):
         return images.astype(dtype)
+    if images.dtype != jnp.uint8:
+        raise UserError(
+            f"images of type {images.dtype} have no known range: give uint8 from 0 to 255, "
+            "or floats that are normalised already"
+        )
     x = images.astype(jnp.float32) / 255
     if len(set(mean)) == len(set(std)) == 1:
         x = (x - mean[0]) / std[0]

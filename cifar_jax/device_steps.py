@@ -2,7 +2,8 @@
 
 Each function returns a step that is called as the plain one in `cifar_jax.steps` is, with the whole
 batch, and gives what that gives on one device up to the order of sums: gradients, metrics, dropout,
-augmentation and batch normalisation are those of the whole batch.
+augmentation and batch normalisation are those of the whole batch. (A module that draws random
+numbers in its own way gets independent ones on each device: `steps.train_step`.)
 
     step = pmap_train_step(model=model, optimizer=optimizer)
     evaluate = pmap_eval_step(model=model)

@@ -7,7 +7,7 @@ import difflib
 import gc
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 
@@ -38,6 +38,13 @@ def lookup(registry: Mapping[str, T], name: str, kind: str) -> T:
         return registry[name]
     except KeyError:
         raise UserError(f"unknown {kind} {name!r}; {nearest(name, registry)}") from None
+
+
+def check_batched(images: Any) -> None:
+    """Raises `UserError` where an array of images is not [B, H, W, C]."""
+    if images.ndim != 4:
+        missing = ": a batch axis is missing, give images[None]" if images.ndim == 3 else ""
+        raise UserError(f"images must be [B, H, W, C], these are {list(images.shape)}{missing}")
 
 
 @contextlib.contextmanager

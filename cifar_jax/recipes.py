@@ -38,8 +38,8 @@ class Recipe:
       step_epochs, step_factor: `step` multiplies the rate by the factor every so many epochs.
       clip_norm: clips the gradient to this global norm; 0 is off.
       label_smoothing: in [0, 1).
-      ema_decay: decay of an exponential moving average of the weights, evaluated in their
-        place; 0 is off.
+      ema_decay: decay of an exponential moving average of the weights and batch-norm statistics,
+        evaluated in their place, smaller in the first steps (`averaging.moved`); 0 is off.
       select_best: test the weights of the lowest validation loss (otherwise the last ones).
       log_every: steps between two printed mean losses; 0 prints one line an epoch.
       fold: train vgg16's first linear layer as the mean of its 49 blocks where that is exact

@@ -42,10 +42,23 @@ def checkpointer():
     return ocp.StandardCheckpointer(multiprocessing_options=alone)
 
 
+def _stored(path: leaves.Path, saved: dict[str, str]) -> leaves.Path:
+    """Where a checkpoint holds a leaf. Older ones kept no average of the statistics and were
+    evaluated with the running ones, which are restored as both."""
+    if "/".join(path) in saved:
+        return path
+    return tuple("batch_stats" if name == "ema_batch_stats" else name for name in path)
+
+
 def _load(folder: Path, manifest: dict[str, Any], wanted: dict, treedef: Any) -> Any:
     manifests.verify(folder, manifest)
+    places = {path: _stored(path, manifest["leaves"]) for path in wanted}
     target = leaves.nest(
-        {path: leaves.target(leaf) for path, leaf in wanted.items() if not leaves.is_empty(leaf)}
+        {
+            places[path]: leaves.target(leaf)
+            for path, leaf in wanted.items()
+            if not leaves.is_empty(leaf)
+        }
     )
     try:
         with checkpointer() as reader:
@@ -53,6 +66,8 @@ def _load(folder: Path, manifest: dict[str, Any], wanted: dict, treedef: Any) ->
     except Exception as error:  # Orbax and TensorStore raise many types, none of them documented
         raise manifests.Damaged(f"Orbax cannot read it ({cause_of(error)})") from error
     values = leaves.named(tree)[0]
+    # One array restored as two leaves must not be shared: a state is donated.
+    values |= {path: values[place].copy() for path, place in places.items() if path != place}
     return jax.tree_util.tree_unflatten(
         treedef,
         [
@@ -88,9 +103,10 @@ def restore_noting(
     """`restore`, and the folders it found damaged."""
     entries, broken = manifests.candidates(directory, which)
     wanted, treedef = leaves.named(abstract_state)
-    specs = {"/".join(path): leaves.spec(leaf) for path, leaf in wanted.items()}
     damaged: list[manifests.Broken] = []
     for folder, manifest in entries:
+        saved = manifest["leaves"]
+        specs = {"/".join(_stored(p, saved)): leaves.spec(leaf) for p, leaf in wanted.items()}
         manifests.check_fit(directory, manifest, specs)
         try:
             state = _load(folder, manifest, wanted, treedef)

@@ -19,9 +19,11 @@ from flax import struct
 from jax import lax
 
 from cifar_jax import augment as augmentations
-from cifar_jax import layer_groups
+from cifar_jax import averaging, layer_groups
 from cifar_jax.accumulate import over_parts
 from cifar_jax.all_reduce import sum_over
+from cifar_jax.errors import check_batched
+from cifar_jax.models.dropout import BY_EXAMPLE
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
@@ -38,6 +40,8 @@ class TrainState:
       opt_state: of the optax transformation, over the layers that are trained.
       key: typed PRNG key; step number n draws from `fold_in(key, n)`.
       ema_params: moving average of the weights, or None.
+      ema_batch_stats: that of `batch_stats`, where `ema_params` is kept: averaged weights under
+        the statistics of the last ones classify worse than either.
     """
 
     step: jax.Array
@@ -46,6 +50,7 @@ class TrainState:
     opt_state: Any
     key: jax.Array
     ema_params: Any = None
+    ema_batch_stats: Any = None
 
 
 def create_state(
@@ -63,7 +68,7 @@ def create_state(
     Args:
       key: typed PRNG key; it seeds the weights and every later draw.
       image_shape: (H, W, C) of the images the model will see.
-      ema: whether to keep a moving average of the weights.
+      ema: whether to keep a moving average of the weights and of `batch_stats`.
       initial: variables {"params": {layer: ...}, "batch_stats"} that replace drawn ones; a layer
         that is not in it is drawn.
       freeze: prefixes of layers that are not trained; the optimizer keeps nothing for them.
@@ -72,13 +77,15 @@ def create_state(
     variables = model.init(init_key, jnp.zeros((1, *image_shape), jnp.float32))
     given = initial or {}
     params = {**variables["params"], **given.get("params", {})}
+    batch_stats = {**variables.get("batch_stats", {}), **given.get("batch_stats", {})}
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
-        batch_stats={**variables.get("batch_stats", {}), **given.get("batch_stats", {})},
+        batch_stats=batch_stats,
         opt_state=optimizer.init(layer_groups.split(params, freeze)[0]),
         key=run_key,
         ema_params=jax.tree.map(jnp.copy, params) if ema else None,
+        ema_batch_stats=jax.tree.map(jnp.copy, batch_stats) if ema else None,
     )
 
 
@@ -93,8 +100,8 @@ def make_preprocess(
     precision: str = "float32",
     resize: int = 0,
 ) -> Callable[..., jax.Array]:
-    """Returns `preprocess(images, key=None, first_example=0)`: normalised, augmented if there is
-    a key, and resized to `resize` x `resize` unless that is 0."""
+    """Returns `preprocess(images, key=None, first_example=0)`: images [B, H, W, C] normalised,
+    augmented if there is a key, and resized to `resize` x `resize` unless that is 0."""
     dtype = jnp.dtype(precision)
 
     def preprocess(images, key=None, first_example=0):
@@ -144,8 +151,22 @@ def train_step(
 ) -> tuple[TrainState, Metrics]:
     """One optimizer step on the mean loss over the unmasked images of the global batch.
 
+    A batch may come in parts: those of `accumulate`, and of the devices under `axis_name`. This
+    package's `Dropout` draws for each image what it draws in the whole batch. Whatever else in a
+    module asks for random numbers, flax's `nn.Dropout` for one, gets a key of its own in each
+    part: the draws are then independent for every image, but depend on how the batch is cut.
+    Besides `dropout` the streams have one source, flax's `params`, which `make_rng` falls back on
+    for any name (`has_rng` does not know of it).
+
     Args:
-      preprocess: from `make_preprocess`; the default is norm 0.5 without augmentation.
+      optimizer: also one whose `update` takes `value`, which is the mean loss of the global batch
+        (`optax.contrib.reduce_on_plateau`, `optax.polyak_sgd`); line searches, which evaluate
+        the loss anew by `value_fn`, are not supported.
+      preprocess: from `make_preprocess`; the default is norm 0.5 without augmentation. It is
+        called with the images of a part, the step's key, which is that of every part, and the
+        position of the first in the global batch.
+      ema_decay: of the moving averages, if the state has them; smaller in the first steps
+        (`averaging.moved`).
       freeze: as given to `create_state`. Batch normalisation in a frozen layer goes on with the
         batch's statistics and updates the running ones, as under PyTorch's `requires_grad_(False)`.
       accumulate: parts the batch is cut into, one after another: the same step in less memory
@@ -155,7 +176,11 @@ def train_step(
 
     Returns:
       The next state, and sums over the global batch: `loss` (nats), `correct`, `count`.
+
+    Raises:
+      UserError: images without a batch axis.
     """
+    check_batched(batch["image"])
     preprocess = preprocess or make_preprocess()
     key = jax.random.fold_in(state.key, state.step)
     first_example = jnp.zeros((), jnp.int32)
@@ -171,6 +196,12 @@ def train_step(
     mask = _mask(batch)
 
     def gradients(batch, batch_stats, first_example):
+        part = jax.random.fold_in(jax.random.fold_in(key, 2), first_example)
+        rngs = {
+            BY_EXAMPLE: jax.random.fold_in(key, 0),
+            "dropout": jax.random.fold_in(part, 0),
+            "params": jax.random.fold_in(part, 1),
+        }
         images = preprocess(batch["image"], jax.random.fold_in(key, 1), first_example)
 
         def loss_fn(trained):
@@ -182,7 +213,7 @@ def train_step(
                 },
                 images,
                 train=True,
-                rngs={"dropout": jax.random.fold_in(key, 0)},
+                rngs=rngs,
                 mutable=["batch_stats"],
             )
             if logits.dtype.itemsize < 4:
@@ -207,27 +238,31 @@ def train_step(
     count = jnp.maximum(sums["count"], 1)
     grads = jax.tree.map(lambda g: g / count.astype(g.dtype), grads)
     trained, frozen = layer_groups.split(state.params, freeze)
-    updates, opt_state = optimizer.update(grads, state.opt_state, trained)
+    updates, opt_state = optax.with_extra_args_support(optimizer).update(
+        grads, state.opt_state, trained, value=sums["loss"] / count
+    )
     trained = optax.apply_updates(trained, updates)
-    ema_params = state.ema_params
+    ema_params, ema_batch_stats = state.ema_params, state.ema_batch_stats
     if ema_params is not None:
-        averaged = layer_groups.split(ema_params, freeze)[0]
-        averaged = optax.incremental_update(trained, averaged, 1 - ema_decay)
-        ema_params = layer_groups.merge(averaged, frozen)
+        averages = layer_groups.split(ema_params, freeze)[0], ema_batch_stats
+        averages = averaging.moved(averages, (trained, batch_stats), ema_decay, state.step)
+        ema_params, ema_batch_stats = layer_groups.merge(averages[0], frozen), averages[1]
     state = state.replace(
         step=state.step + 1,
         params=layer_groups.merge(trained, frozen),
         batch_stats=batch_stats,
         opt_state=opt_state,
         ema_params=ema_params,
+        ema_batch_stats=ema_batch_stats,
     )
     return state, sums
 
 
 def inference_variables(state: TrainState) -> dict:
-    """Returns the variables to evaluate: the averaged weights where they are kept."""
-    params = state.params if state.ema_params is None else state.ema_params
-    return {"params": params, "batch_stats": state.batch_stats}
+    """Returns the variables to evaluate: the averaged ones where they are kept."""
+    if state.ema_params is None:
+        return {"params": state.params, "batch_stats": state.batch_stats}
+    return {"params": state.ema_params, "batch_stats": state.ema_batch_stats}
 
 
 def predict_step(
@@ -237,7 +272,12 @@ def predict_step(
     model: nn.Module,
     preprocess: Callable[..., jax.Array] | None = None,
 ) -> jax.Array:
-    """Returns float32 logits [B, C] of images [B, H, W, 3], dropout off."""
+    """Returns float32 logits [B, C] of images [B, H, W, 3], dropout off.
+
+    Raises:
+      UserError: images without a batch axis.
+    """
+    check_batched(images)
     preprocess = preprocess or make_preprocess()
     return model.apply(variables, preprocess(images), train=False).astype(jnp.float32)
 

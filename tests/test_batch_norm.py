@@ -13,7 +13,14 @@ from quick import jit
 
 from cifar_jax.models.layers import BatchNorm
 from cifar_jax.models.vgg import VGGBatchNorm
-from cifar_jax.steps import TrainState, create_state, make_preprocess, predict_step, train_step
+from cifar_jax.steps import (
+    TrainState,
+    create_state,
+    inference_variables,
+    make_preprocess,
+    predict_step,
+    train_step,
+)
 
 LAYERS = (4, 4, "M", 6, "M")
 MODEL = VGGBatchNorm(layers=LAYERS, lowering="lax")
@@ -147,6 +154,26 @@ def test_shard_map_takes_the_global_batch():
     for i in range(STEPS):
         state, _ = step(state, batch_of(i))
     assert_same(jax.device_get((state.params, state.batch_stats)), one_device(), 1e-4)
+
+
+def test_averaged_weights_go_with_averaged_statistics():
+    # Batch normalisation of a frozen layer too goes on (`train_step`).
+    step = jit(step_with(ema_decay=0.2, freeze=("features_0", "features_1")))
+    make = functools.partial(create_state, MODEL, OPTIMIZER, image_shape=(SIDE, SIDE, 3))
+    state = make(jax.random.key(0), ema=True, freeze=("features_0", "features_1"))
+    average = jax.device_get(state.batch_stats)
+    for i, kept in enumerate((1 / 10, 2 / 11, 0.2)):
+        state, _ = step(state, batch_of(i))
+        average = jax.tree.map(
+            lambda a, x, k=kept: k * a + (1 - k) * np.asarray(x),
+            average,
+            state.batch_stats,
+        )
+    tested = inference_variables(state)
+    assert tested == {"params": state.ema_params, "batch_stats": state.ema_batch_stats}
+    assert_same(tested["batch_stats"], average, 1e-5)
+    for layer in average:
+        assert abs(average[layer]["mean"] - state.batch_stats[layer]["mean"]).max() > 1e-4
 
 
 def test_pmap_takes_the_global_batch():

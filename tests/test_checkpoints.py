@@ -186,6 +186,23 @@ def test_another_model_is_refused_with_both_shapes(tmp_path):
     assert "\n" not in text
 
 
+def test_older_runs_have_no_average_of_the_statistics(tmp_path):
+    """They were evaluated with the running ones, which begin the average."""
+    old = {"batch_stats": {"bn": {"mean": jnp.arange(4.0)}}, "ema_params": {"w": jnp.ones(2)}}
+    with Checkpoints(tmp_path) as c:
+        c.save(1, {"state": old})
+    new = old | {"ema_batch_stats": old["batch_stats"]}
+    for device in (None, jax.devices()[1]):
+        like = jax.tree.map(jnp.zeros_like, {"state": new})
+        got = restore(tmp_path, jax.device_put(like, device) if device else like).state["state"]
+        assert_same(got, new)
+        mean, average = got["batch_stats"]["bn"]["mean"], got["ema_batch_stats"]["bn"]["mean"]
+        assert mean.unsafe_buffer_pointer() != average.unsafe_buffer_pointer()
+    other = new | {"ema_batch_stats": {"bn": {"mean": jnp.zeros(5)}}}
+    with pytest.raises(UserError, match="entries differ"):
+        restore(tmp_path, {"state": other})
+
+
 def test_what_cannot_be_found(tmp_path):
     like = make_state(0)
     for directory in (tmp_path, tmp_path / "absent"):

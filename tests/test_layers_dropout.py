@@ -1,12 +1,20 @@
-"""The hash behind dropout: its statistics, and that masks belong to examples, not to batches."""
+"""The hash behind dropout: its statistics, and that masks belong to examples, not to batches;
+and what a step gives a module that draws in its own way."""
 
+import functools
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from quick import jit
 
+from cifar_jax.device_steps import pmap_train_step, shard_map_train_step
 from cifar_jax.models.dropout import dropout_mask, random_words
 from cifar_jax.models.layers import Dropout
+from cifar_jax.steps import create_state, train_step
 
 SHAPE = (64, 1024)
 KEYS = [jax.random.key(seed) for seed in range(20)]
@@ -146,3 +154,71 @@ def test_any_kind_of_key(kind):
     a, b = (dropout_mask(jax.random.key(seed, impl=kind), (4, 512), 0.5) for seed in (0, 1))
     assert 0.4 < a.mean() < 0.6
     assert not np.array_equal(a, b)
+
+
+IMAGES, FEATURES = 12, 64
+# Its update is the gradient itself, kept in the optimizer state for the test to read.
+KEEP_GRADIENT = optax.GradientTransformation(
+    lambda params: jax.tree.map(jnp.zeros_like, params),
+    lambda grads, *_: (jax.tree.map(jnp.zeros_like, grads), grads),
+)
+
+
+class _OwnRows(nn.Module):
+    """Dropout of a row of weights for each image, by its first number: the gradient is the mask."""
+
+    stream: str = ""  # of flax's own dropout; "" for this package's
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        dense = nn.Dense(FEATURES, use_bias=False, kernel_init=nn.initializers.ones)
+        rows = dense(jax.nn.one_hot(x[:, 0, 0, 0].astype(jnp.int32), IMAGES))
+        if not self.stream:
+            return Dropout(0.5)(rows, train)
+        return nn.Dropout(0.5, rng_collection=self.stream)(rows, deterministic=not train)
+
+
+WAYS = {
+    "jit": lambda **options: jit(functools.partial(train_step, **options)),
+    "shard_map": functools.partial(shard_map_train_step, devices=jax.devices()[:2]),
+    "pmap": functools.partial(pmap_train_step, devices=jax.devices()[:2]),
+}
+
+
+def images_of_rows():
+    image = np.zeros((IMAGES, 1, 1, 3), np.float32)
+    image[:, 0, 0, 0] = np.arange(IMAGES)
+    return image
+
+
+def start_of(model):
+    return create_state(model, KEEP_GRADIENT, jax.random.key(3), image_shape=(1, 1, 3))
+
+
+def masks_of_a_step(stream, way, accumulate):
+    """Bool [IMAGES, FEATURES]: what the dropout of `_OwnRows` kept of each image."""
+    model = _OwnRows(stream)
+    batch = {"image": images_of_rows(), "label": np.zeros(IMAGES, np.int32)}
+    step = WAYS[way](model=model, optimizer=KEEP_GRADIENT, accumulate=accumulate)
+    after, _ = step(start_of(model), batch)
+    return np.asarray(after.opt_state["Dense_0"]["kernel"]) != 0
+
+
+@pytest.mark.parametrize("accumulate", [1, 2, 3])
+@pytest.mark.parametrize("way", WAYS)
+def test_a_foreign_modules_draws_are_independent_in_every_part(way, accumulate):
+    drawn = [masks_of_a_step(stream, way, accumulate) for stream in ("dropout", "noise")]
+    bits = np.concatenate(drawn) - 0.5  # no two images, and no two streams, share a mask
+    agreement = np.abs(bits @ bits.T * 4 / FEATURES)[np.triu_indices(len(bits), 1)]
+    assert agreement.max() < 5 / np.sqrt(FEATURES)
+    assert abs(bits.mean()) < 4.5 * 0.5 / np.sqrt(bits.size)
+
+
+def test_this_packages_draws_are_those_of_the_whole_batch():
+    key = jax.random.fold_in(start_of(_OwnRows()).key, 0)  # of the first step
+    images, params = images_of_rows(), {"Dense_0": {"kernel": jnp.ones((IMAGES, FEATURES))}}
+    rngs = {"dropout": jax.random.fold_in(key, 0)}
+    whole = _OwnRows().apply({"params": params}, images, True, rngs=rngs) != 0
+    assert 0.4 < whole.mean() < 0.6
+    for way, accumulate in (("jit", 1), ("jit", 3), ("shard_map", 2), ("pmap", 1)):
+        np.testing.assert_array_equal(masks_of_a_step("", way, accumulate), whole)

@@ -138,6 +138,16 @@ def test_dropout_is_off_in_evaluation_and_right_on_average_in_training():
     assert (np.abs(many.mean(axis=0) - tested[0]) < 5 * error + 0.01).all()
 
 
+@pytest.mark.parametrize(
+    ("name", "side"), [*((name, 4) for name in MODELS), ("vgg11_bn", 16), ("vgg16_bn", 31)]
+)
+def test_images_that_are_too_small(name, side):
+    with pytest.raises(UserError, match=r"images of \d+x\d+ are too small here for a"):
+        jax.eval_shape(make_model(name).init, jax.random.key(0), jnp.zeros((1, side, side, 3)))
+    with pytest.raises(UserError, match=r"these are \[32, 32, 3\]: a batch axis is missing"):
+        jax.eval_shape(make_model(name).init, jax.random.key(0), jnp.zeros((32, 32, 3)))
+
+
 def test_another_number_of_classes_and_unknown_models():
     model = make_model("tutorial_cnn", num_classes=100)
     logits, variables = jax.eval_shape(

@@ -177,5 +177,15 @@ def test_onecycle_has_torchs_peak_and_ends():
     assert learning_rate(recipe, 100, 1000) == pytest.approx(0.4 / 25 / 1e4, rel=1e-3)
 
 
+@pytest.mark.parametrize("name", RULES)
+def test_a_step_may_tell_the_loss(name):
+    optimizer, params = make_optimizer(Recipe(**RULES[name][0]), STEPS), {"a": jnp.ones(2)}
+    plain, told = (
+        optimizer.update(params, optimizer.init(params), params, **more)[0]
+        for more in ({}, {"value": jnp.float32(1)})
+    )
+    np.testing.assert_array_equal(told["a"], plain["a"])
+
+
 def test_a_constant_rate_needs_no_schedule():
     assert make_schedule(Recipe(learning_rate=0.01), 100) == 0.01

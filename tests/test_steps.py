@@ -10,7 +10,9 @@ import optax
 import pytest
 from quick import jit
 
-from cifar_jax import feed, parallel
+from cifar_jax import averaging, feed, parallel
+from cifar_jax.device_steps import shard_map_train_step
+from cifar_jax.errors import UserError
 from cifar_jax.models import MODELS
 from cifar_jax.models.layers import Dense, Dropout, Flatten
 from cifar_jax.optimizers import make_optimizer
@@ -197,18 +199,98 @@ def test_label_smoothing_reaches_the_step():
 def test_moving_average_of_the_weights():
     model, optimizer = Tiny(), optax.sgd(0.5)
     state = state_of(model, optimizer, ema=True)
-    step = jitted(model, optimizer, ema_decay=0.9)
+    step = jitted(model, optimizer, ema_decay=0.25)
     average = jax.tree.map(np.asarray, state.params)
-    for i in range(4):
+    for i, kept in enumerate((1 / 10, 2 / 11, 0.25, 0.25)):  # TensorFlow's (1 + i) / (10 + i)
         state, _ = step(state, batch_of(8, seed=i))
         average = jax.tree.map(
-            lambda a, p: 0.9 * a + np.float32(0.1) * np.asarray(p), average, state.params
+            lambda a, p, k=kept: k * a + (1 - k) * np.asarray(p), average, state.params
         )
     assert_trees_close(state.ema_params, average, rtol=1e-5, atol=1e-7)
     assert inference_variables(state)["params"] is state.ema_params
     assert inference_variables(state_of(model))["params"] is not None
     gap = jax.tree.map(lambda a, p: float(jnp.abs(a - p).max()), state.ema_params, state.params)
     assert min(jax.tree.leaves(gap)) > 1e-4
+
+
+def test_a_high_decay_does_not_keep_the_drawn_weights():
+    drawn, trained = {"w": jnp.ones(3)}, {"w": jnp.zeros(3), "steps": jnp.int32(7)}
+    average = drawn | {"steps": jnp.int32(0)}
+    left = []
+    for step in range(3):
+        average = averaging.moved(average, trained, 0.9999, jnp.int32(step))
+        left.append(float(average["w"][0]))
+    np.testing.assert_allclose(left, np.cumprod([1 / 10, 2 / 11, 3 / 12]), rtol=1e-5)
+    assert average["steps"] == 7, "whole numbers are no averages"
+    late = averaging.moved(drawn, {"w": jnp.zeros(3)}, 0.9999, jnp.int32(10**6))
+    np.testing.assert_allclose(late["w"], 0.9999, rtol=1e-6)
+
+
+# Its state is the `value` it was last given.
+KEEP_VALUE = optax.GradientTransformationExtraArgs(
+    lambda params: jnp.zeros(()),
+    lambda grads, state, params=None, *, value, **_: (jax.tree.map(jnp.zeros_like, grads), value),
+)
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("way", [jitted, shard_map_train_step])
+def test_an_optimizer_is_told_the_mean_loss_of_the_global_batch(way, accumulate):
+    model, mask = Tiny(rate=0.0), np.array([1, 0, 1, 1, 0, 1, 1, 1], np.float32)
+    batch, state = batch_of(8) | {"mask": mask}, state_of(model, KEEP_VALUE)
+    more = {} if way is jitted else {"devices": jax.devices()[:2]}
+    after, _ = way(model=model, optimizer=KEEP_VALUE, accumulate=accumulate, **more)(state, batch)
+    _, losses = reference(state, batch)
+    assert float(after.opt_state) == pytest.approx((losses * mask).sum() / mask.sum(), rel=1e-5)
+
+
+PLATEAU = optax.contrib.reduce_on_plateau(factor=0.5, patience=1, rtol=0.9)
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [optax.polyak_sgd(0.5), optax.chain(optax.sgd(2.0), PLATEAU)],
+    ids=["polyak", "plateau"],
+)
+def test_optimizers_that_need_the_loss(optimizer):
+    model, batch = Tiny(rate=0.0), batch_of(8)
+    state, kept = state_of(model, optimizer), state_of(model)
+    step, keep = jitted(model, optimizer), jitted(model)
+    params, opt_state = state.params, state.opt_state
+    for _ in range(6):
+        gradient = keep(kept.replace(params=params), batch)[0].opt_state
+        with jax.numpy_dtype_promotion("standard"):  # optax mixes dtypes
+            state, sums = step(state, batch)
+            value = sums["loss"] / 8
+            updates, opt_state = optimizer.update(gradient, opt_state, params, value=value)
+        params = optax.apply_updates(params, updates)
+    assert_trees_close(state.params, params, rtol=1e-4, atol=1e-5)
+    if len(jax.tree.leaves(opt_state)):
+        assert float(opt_state[1].scale) == float(state.opt_state[1].scale) < 1
+
+
+KINDS = ("int8", "int16", "int32", "int64", "uint16", "uint32", "bool")
+
+
+@pytest.mark.parametrize(
+    ("images", "said"),
+    [
+        *((np.ones((2, *SHAPE), kind), f"of type {kind}.* uint8 from 0 to 255") for kind in KINDS),
+        (np.ones(SHAPE, np.uint8), r"these are \[4, 4, 3\]: a batch axis is missing"),
+        (np.ones((1, 2, *SHAPE), np.float32), r"these are \[1, 2, 4, 4, 3\]"),
+    ],
+)
+def test_images_that_are_none(images, said):
+    model, state = Tiny(), state_of(Tiny())
+    batch = {"image": images, "label": np.zeros(2, np.int32)}
+    calls = {
+        train_step: lambda: train_step(state, batch, model=model, optimizer=KEEP_GRADIENT),
+        eval_step: lambda: eval_step(inference_variables(state), batch, model=model),
+        predict_step: lambda: predict_step(inference_variables(state), images, model=model),
+    }
+    for call in calls.values():
+        with pytest.raises(UserError, match=said):
+            call()
 
 
 def test_a_step_is_pure():
@@ -253,11 +335,13 @@ def test_create_state():
     assert state.batch_stats == {}
     assert jnp.issubdtype(state.key.dtype, jax.dtypes.prng_key)
     jax.tree.map(np.testing.assert_array_equal, state.ema_params, state.params)
+    assert state.ema_batch_stats == {}
     for average, weight in zip(
         *map(jax.tree.leaves, (state.ema_params, state.params)), strict=True
     ):
         assert average.unsafe_buffer_pointer() != weight.unsafe_buffer_pointer()
-    assert state_of(Tiny(), optimizer).ema_params is None
+    plain = state_of(Tiny(), optimizer)
+    assert plain.ema_params is plain.ema_batch_stats is None
     same, other = state_of(Tiny(), optimizer), state_of(Tiny(), optimizer, seed=1)
     jax.tree.map(np.testing.assert_array_equal, same.params, state.params)
     assert not np.array_equal(other.params["fc1"]["kernel"], state.params["fc1"]["kernel"])

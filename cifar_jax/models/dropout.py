@@ -14,6 +14,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+# The rng stream of such masks, with one key for all parts of a batch (`layers.Dropout`).
+BY_EXAMPLE = "dropout_by_example"
+
 _GOLDEN = 0x9E3779B9  # 2^32 / golden ratio: spreads consecutive counters
 
 

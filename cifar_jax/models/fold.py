@@ -35,6 +35,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
+from cifar_jax import averaging
 from cifar_jax.errors import UserError
 
 SIDE = 7
@@ -160,15 +161,14 @@ def spread(
     one = {LAYER: {MEAN_KERNEL: jnp.ones((1, 1), jnp.float32)}}
     zero = jax.tree.map(jnp.zeros_like, one)
 
-    def step(_, carry):
+    def step(i, carry):
         weight, state, average = carry
         updates, state = optimizer.update(zero, state, weight)
         weight = optax.apply_updates(weight, updates)
-        return weight, state, optax.incremental_update(weight, average, 1 - ema_decay)
+        return weight, state, averaging.moved(average, weight, ema_decay, i)
 
     loop = jax.jit(lambda steps: lax.fori_loop(0, steps, step, (one, optimizer.init(one), one)))
-    weight, _, average = loop(jnp.int32(steps))
-    return (average if ema_decay else weight)[LAYER][MEAN_KERNEL][0, 0]
+    return loop(jnp.int32(steps))[2][LAYER][MEAN_KERNEL][0, 0]
 
 
 def initial_kernel(
@@ -213,4 +213,5 @@ def refuse(transformation: optax.GradientTransformation, reason: str):
             raise UserError(reason)
         return transformation.init(params)
 
-    return optax.GradientTransformationExtraArgs(init, transformation.update)
+    update = optax.with_extra_args_support(transformation).update
+    return optax.GradientTransformationExtraArgs(init, update)

@@ -17,7 +17,7 @@ from jax import lax
 
 from cifar_jax.models import blocked, lowering
 from cifar_jax.models.blocked import Blocked
-from cifar_jax.models.dropout import dropout_mask
+from cifar_jax.models.dropout import BY_EXAMPLE, dropout_mask
 
 
 def torch_uniform(fan_in: int):
@@ -116,7 +116,13 @@ class Conv(nn.Module):
 
 
 def max_pool(x: jax.Array) -> jax.Array:
-    """2x2 max pool of stride 2 of [N, H, W, C]; an odd last row or column is dropped."""
+    """2x2 max pool of stride 2 of [N, H, W, C]; an odd last row or column is dropped.
+
+    Raises:
+      UserError: images smaller than the pool.
+    """
+    if min(x.shape[1:3]) < 2:
+        raise lowering.too_small(x.shape[1:3], "a 2x2 pool")
     # Flax's name for it, by keyword: jax2onnx (`export.py`) gets a bare `reduce_window` wrong.
     return nn.max_pool(x, window_shape=(2, 2), strides=(2, 2))
 
@@ -207,6 +213,8 @@ class Dropout(nn.Module):
     Input and output [N, D]. Draws from the rng stream `dropout`, a different mask for every
     layer. Where the images are a part of a larger batch, `{"position": {"first_example": i}}`
     among the variables says which: each example then gets the mask it has in the whole batch.
+    The key must then be the same in every part: it comes from the stream `BY_EXAMPLE` if there is
+    one, so that `dropout` can be another in each.
     """
 
     rate: float
@@ -216,6 +224,8 @@ class Dropout(nn.Module):
         if not train or self.rate == 0:
             return x
         first = self.scope.root.get_variable("position", "first_example", 0)
-        keep = dropout_mask(self.make_rng("dropout"), x.shape, self.rate, first)
+        # Flax folds the module's path and a count into a stream's key, not the stream's name.
+        key = self.make_rng(BY_EXAMPLE if self.has_rng(BY_EXAMPLE) else "dropout")
+        keep = dropout_mask(key, x.shape, self.rate, first)
         scale = jnp.asarray(1 / (1 - self.rate), x.dtype)
         return x * jnp.where(keep, scale, jnp.zeros((), x.dtype))

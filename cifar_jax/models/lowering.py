@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from cifar_jax.errors import UserError, nearest
+from cifar_jax.errors import UserError, check_batched, nearest
 from cifar_jax.models import blocked, epilogue, winograd
 from cifar_jax.models.blocked import Blocked
 from cifar_jax.models.im2col import Geometry, im2col_conv
@@ -111,20 +111,29 @@ def convolve(
       bfloat16 and float16 in float32 and round the result.
 
     Raises:
-      UserError: unknown lowering, or images smaller than the kernel or the pool.
+      UserError: unknown lowering, images without a batch axis, or smaller than the kernel or the
+        pool.
     """
-    size = (x.height, x.width) if isinstance(x, Blocked) else x.shape[1:3]
+    if isinstance(x, Blocked):
+        size = (x.height, x.width)
+    else:
+        check_batched(x)
+        size = x.shape[1:3]
     k, _, channels, _ = kernel.shape
     out = tuple(s + 2 * padding - k + 1 for s in size)
     if min(out) < (2 if pool else 1):
-        what = f"a {k}x{k} convolution{' with a 2x2 pool' if pool else ''}"
-        raise UserError(
-            f"images of {size[0]}x{size[1]} are too small here for {what}: use larger images"
-        )
+        raise too_small(size, f"a {k}x{k} convolution{' with a 2x2 pool' if pool else ''}")
     form, block = choose(lowering, k, channels, out, pool)
     if form == "lax":
         return _lax(to_images(x), kernel, bias, padding, pool)
     return _blocks(x, kernel, bias, padding, pool, form, block)
+
+
+def too_small(size: tuple[int, ...], what: str) -> UserError:
+    """Returns the error for images (or features) of `size` (H, W), too small for `what`."""
+    return UserError(
+        f"images of {size[0]}x{size[1]} are too small here for {what}: use larger images"
+    )
 
 
 def to_images(x: jax.Array | Blocked) -> jax.Array:
