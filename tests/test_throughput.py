@@ -5,13 +5,15 @@ import sys
 
 import numpy as np
 import pytest
-from tiny_data import tiny  # noqa: F401
+from tiny_data import tiny
 
 torch = pytest.importorskip("torch", reason="the benchmark needs torch")
 
 from benchmarks import cases, sides, statistics, throughput, torch_side, worker  # noqa: E402
 from cifar_jax.datasets import Dataset, Split  # noqa: E402
 from cifar_jax.errors import UserError  # noqa: E402
+
+__all__ = ["tiny"]
 
 
 def test_cases_are_parsed_and_named_back():
