@@ -4,7 +4,11 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: train test test-slow lint bench reproduce clean
+# What the rest stands on, without PyTorch, in some minutes: for a second Python.
+SMOKE := $(addprefix tests/test_,all_reduce.py augment.py checkpoints.py evaluate_predict.py \
+	feed.py hardware.py several_devices.py)
+
+.PHONY: train test test-slow test-smoke lint bench reproduce clean
 .DEFAULT_GOAL := train
 
 $(BIN)/python:
@@ -30,6 +34,10 @@ test: $(VENV)/.installed-test
 
 test-slow: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m slow $(ARGS)
+
+test-smoke: $(VENV)/.installed
+	$(PIP) -e . pytest pytest-xdist
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(SMOKE) $(ARGS)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/python -m ruff check .

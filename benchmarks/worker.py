@@ -61,7 +61,7 @@ class Worker:
         """Sends a request and waits for its answer.
 
         Raises:
-          UserError: the worker cannot work, for want of data for instance.
+          UserError: the worker cannot work, for want of data or of a device.
           RuntimeError: the worker ended; its own message is on stderr.
         """
         try:
@@ -180,13 +180,17 @@ def main() -> None:
     for line in sys.stdin:
         request = json.loads(line)
         answer: dict = {}
-        if problem:
-            answer = {"error": problem}
-        elif request["do"] == "prepare":
+        if request["do"] == "prepare" and not problem:
             case = parse(request["case"])
             side = make_side(args.side, args.device)
             if is_ours(args.side):  # the first case says how many threads this process has
-                hardware.select_platform(args.device, side.cpu_threads(case))
+                try:
+                    hardware.select_platform(args.device, side.cpu_threads(case))
+                except UserError as error:
+                    problem = str(error)
+        if problem:
+            answer = {"error": problem}
+        elif request["do"] == "prepare":
             try:
                 answer = side.prepare(
                     case,

@@ -25,10 +25,14 @@ def sum_over(tree: _Tree, axis_name: str) -> _Tree:
     leaves, structure = jax.tree.flatten(tree)
     small: dict[jnp.dtype, dict[int, jax.Array]] = {}
     alone: dict[int, jax.Array] = {}
+    # XLA 0.11 crashes while it compiles an all-reduce of an empty array beside others.
+    empty = {i: jnp.zeros(x.shape, x.dtype) for i, x in enumerate(leaves) if not x.size}
     for i, leaf in enumerate(leaves):
-        (small.setdefault(leaf.dtype, {}) if leaf.size <= TOGETHER else alone)[i] = leaf
+        if leaf.size:
+            (small.setdefault(leaf.dtype, {}) if leaf.size <= TOGETHER else alone)[i] = leaf
     packed = [ravel_pytree(part) for part in small.values()]
     flat, summed = lax.psum(([numbers for numbers, _ in packed], alone), axis_name)
     for (_, unravel), numbers in zip(packed, flat, strict=True):
         summed |= unravel(numbers)
+    summed |= empty
     return jax.tree.unflatten(structure, [summed[i] for i in range(len(leaves))])

@@ -69,22 +69,28 @@ def select_platform(name: str, threads: int | None = None) -> str:
             limited = threads and not os.environ.keys() & {_POOL, "NPROC"}
             jax.config.update("jax_num_cpu_devices", threads if limited else usable_cores())
             pool = _pool_of(threads) if limited else pool
-    before = jax.config.jax_platforms
-    if name != "auto":
-        jax.config.update("jax_platforms", {"gpu": "cuda,rocm"}.get(name, name))
-    try:
-        with pool:
-            found = jax.default_backend()
-    except RuntimeError as error:
-        if name == "auto":
-            raise UserError(f"JAX finds no usable device: {error}") from None
-        found = None
+    before, reasons, found = jax.config.jax_platforms, [], None
+    with pool:
+        # One after the other: JAX takes a list only if it can start all of it.
+        for platform in {"auto": (before,), "gpu": ("cuda", "rocm")}.get(name, (name,)):
+            jax.config.update("jax_platforms", platform)
+            try:
+                found = jax.default_backend()
+                break
+            except (RuntimeError, AssertionError) as error:  # the latter: `cuda` without a GPU
+                reason = str(error).partition(" (set JAX_PLATFORMS")[0]
+                reasons += [reason] if reason and "known backends" not in reason else []
     found = {"cuda": "gpu", "rocm": "gpu"}.get(found, found)
     # A process that has used a device already keeps it, whatever is asked for later.
-    if name not in ("auto", found):
+    if found is None or name not in ("auto", found):
         jax.config.update("jax_platforms", before)
-        extra = {"gpu": "; install .[cuda12] or .[cuda13] and check the driver with nvidia-smi"}
-        raise UserError(f"--device {name}: JAX finds no such device{extra.get(name, '')}")
+        asked, how = f"--device {name}", ""
+        if name == "gpu":
+            how = "; install .[cuda12] or .[cuda13] and check the driver with nvidia-smi"
+        elif name == "auto" and before:
+            asked, how = f"JAX_PLATFORMS={before}", "; unset it, or name a device with --device"
+        why = f" ({'; '.join(reasons)})" if reasons else ""
+        raise UserError(f"{asked}: JAX finds no such device{why}{how}")
     return found
 
 

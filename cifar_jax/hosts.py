@@ -28,12 +28,22 @@ import jax
 
 from cifar_jax.errors import UserError
 
-JOIN_SECONDS = 50  # to wait for the coordinator, or for the others; JAX takes 5 more to give up
+JOIN_SECONDS = 50  # to wait for the coordinator, or for the others
+WAITING_SECONDS = 10  # of these, before the first process says what it waits for
 HEARTBEAT_SECONDS = 30  # without a sign of life, after which JAX takes a process for dead
 _PREFIX = "cifar_jax"
 _last_words = ""
 _abort_handler = None  # held here: C calls it
 _apart: tuple | None = None  # of processes that are apart: the store, this one's number, how many
+
+
+# By which variables a process takes itself for one of several; they may be left over.
+_VARIABLES = {
+    "Open MPI": ("OMPI_COMM_WORLD_SIZE",),
+    "SLURM": ("SLURM_STEP_NUM_TASKS",),
+    "Cloud TPU": ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES", "MEGASCALE_NUM_SLICES"),
+}
+_RANKS = ("OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
 
 
 def cluster(environ: Mapping[str, str] = os.environ) -> str | None:
@@ -122,6 +132,7 @@ def joined(
     if check_flags(coordinator, processes, process):
         _wait_for_coordinator(coordinator, process)
         where = f"coordinator {coordinator}"
+        way_out = "each with its own --process-id and the same --num-processes; check the address"
         join = {
             "coordinator_address": coordinator,
             "num_processes": processes,
@@ -131,25 +142,39 @@ def joined(
     elif processes is None and (name := cluster()):
         if apart and name == "Cloud TPU":
             raise UserError("many runs train on one TPU worker: give it --num-processes 1")
-        where, join = name, {}
+        found = [f"{v}={os.environ[v]}" for v in _VARIABLES[name] if v in os.environ]
+        where, join = f"{name}: {', '.join(found) or 'its metadata server'}", {}
+        way_out = "or give --num-processes 1 if this one is alone"
     else:
         yield
         return
     if not apart:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.config.update("jax_enable_preemption_service", False)  # SIGTERM is ours
-    _on_abort(
-        f"not all processes came together within {JOIN_SECONDS} s ({where}): start all of them, "
-        "each with its own --process-id and the same --num-processes, and check the address"
-    )
+    way_out = f"start all of them, {way_out}"
+    late = f"not all processes came together within {JOIN_SECONDS} s ({where}): {way_out}"
+    _on_abort(late)
+    left = max(5, int(JOIN_SECONDS - (time.monotonic() - began)))
+    waiting = f"waiting for the other processes ({where}); {way_out}"
+    # JAX, which is later, adds a stack of C++.
+    timers = [threading.Timer(left, _exit_saying, [late])]
+    if not (process or any(_number(os.environ, rank) for rank in _RANKS)):
+        timers += [threading.Timer(WAITING_SECONDS, print, [waiting], {"file": sys.stderr})]
     try:
+        for timer in timers:
+            timer.daemon = True
+            timer.start()
         jax.distributed.initialize(
             **join,
-            initialization_timeout=max(5, int(JOIN_SECONDS - (time.monotonic() - began))),
+            initialization_timeout=left + 5,
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
         )
     except Exception as error:
-        raise UserError(f"cannot join the other processes ({where}): {error}") from None
+        said = str(error).rstrip(".")
+        raise UserError(f"cannot join the other processes ({where}): {said}; {way_out}") from None
+    finally:
+        for timer in timers:
+            timer.cancel()
     _on_abort(
         "another process of this run ended or cannot be reached (above is JAX's account); start "
         "all processes again with the same commands to go on from the last checkpoint"

@@ -62,7 +62,8 @@ def make_parser() -> cli.Parser:
 
 @contextmanager
 def stop_requests() -> Iterator:
-    """Catches SIGINT and SIGTERM; yields a function that returns the signal's number or None.
+    """Catches SIGINT, SIGTERM and SIGUSR1; yields a function that returns the signal's number or
+    None. SIGUSR1 is what SLURM warns with that time is nearly up (`--signal=USR1@60`).
 
     A second signal acts at once, as it would have without this.
     """
@@ -72,7 +73,7 @@ def stop_requests() -> Iterator:
         received.append(number)
         signal.signal(number, former[number])
 
-    former = {n: signal.signal(n, handler) for n in (signal.SIGINT, signal.SIGTERM)}
+    former = {n: signal.signal(n, handler) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     try:
         yield lambda: received[0] if received else None
     finally:

@@ -35,8 +35,10 @@ def summed(function, trees):
 
 def test_sums_are_those_of_psum_whatever_travels_together():
     trees = [tree_of(seed) for seed in range(3)]
-    found, expected = summed(sum_over, trees), summed(lax.psum, trees)
-    assert jax.tree.structure(found) == jax.tree.structure(trees[0])
+    found = summed(sum_over, trees)
+    *_, empty = [tree.pop("empty") for tree in trees]  # psum of it crashes XLA 0.11
+    expected = {**summed(lax.psum, trees), "empty": empty}
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
     for name, value in expected.items():
         assert found[name].dtype == value.dtype
         np.testing.assert_array_equal(found[name], value, err_msg=name)

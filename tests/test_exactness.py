@@ -1,6 +1,7 @@
 """A run that is killed, stopped, damaged or out of space, and goes on, ends as if nothing had
 happened: equal checkpoints to the last bit, equal rows, equal results."""
 
+import itertools
 import json
 import os
 import random
@@ -208,8 +209,13 @@ def test_killed_while_testing_and_drawing(launcher, tiny, reference, tmp_path):
     assert_same_run(workdir, path)
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
-@pytest.mark.parametrize("kind", [b"window", b"epoch"])
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        *itertools.product([b"window", b"epoch"], ["SIGINT", "SIGTERM"]),
+        (b"window", "SIGUSR1"),
+    ],
+)
 def test_a_stopped_run_says_how_to_go_on(launcher, tiny, reference, tmp_path, name, kind):
     path, _ = reference
     workdir = tmp_path / "run with space"

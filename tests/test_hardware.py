@@ -1,11 +1,13 @@
 """The platform, how many of its devices share a batch, and how many threads compute."""
 
+import json
 import os
 import subprocess
 import sys
 
 import jax
 import pytest
+from tiny_data import python
 
 from cifar_jax import from_recipe, hardware
 from cifar_jax.environment import usable_cores
@@ -18,6 +20,66 @@ def test_devices_are_asked_for_by_name():
     with pytest.raises(UserError, match="did you mean 'gpu'"):
         hardware.select_platform("gpuu")
     assert hardware.describe_device().startswith(f"{jax.device_count()} x ")
+
+
+# A machine with one kind of card, or none: for each, what the devices by name are. A plugin that is
+# not installed is a platform that JAX does not know.
+CARDS = """
+import json, os
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+import jax
+import jax.extend
+from jax._src import hardware_utils, xla_bridge
+from cifar_jax import hardware
+from cifar_jax.errors import UserError
+
+class Card:
+    platform = "gpu"
+    device_count = process_index = lambda self: 1
+    local_devices = _get_all_devices = lambda self: [self]
+
+def broken():
+    raise RuntimeError("driver too old")
+
+def found(name, factories, wanted):
+    for platform in ("cuda", "rocm"):
+        xla_bridge._backend_factories.pop(platform, None)
+    for platform, factory in factories.items():
+        xla_bridge.register_backend_factory(platform, factory)
+    hardware_utils.has_visible_nvidia_gpu = lambda: "cuda" in factories
+    jax.config.update("jax_platforms", wanted)
+    try:
+        return [hardware.select_platform(name), jax.config.jax_platforms]
+    except UserError as error:
+        return [str(error), jax.config.jax_platforms]
+    finally:
+        jax.extend.backend.clear_backends()
+
+print(json.dumps([
+    found("gpu", {"cuda": Card}, "cpu"),
+    found("gpu", {"rocm": Card}, "cpu"),
+    found("gpu", {"cuda": broken}, "cpu"),
+    found("gpu", {}, "cpu"),
+    found("auto", {}, "cuda"),
+    found("auto", {"cuda": broken}, "cuda"),
+    found("cpu", {}, "cuda"),
+]))
+"""
+
+
+def test_devices_are_found_by_name_or_their_lack_is_one_line():
+    install = "; install .[cuda12] or .[cuda13] and check the driver with nvidia-smi"
+    other = "; unset it, or name a device with --device"
+    reason = " (Unable to initialize backend 'cuda': driver too old)"
+    assert json.loads(python(CARDS)) == [
+        ["gpu", "cuda"],
+        ["gpu", "rocm"],
+        [f"--device gpu: JAX finds no such device{reason}{install}", "cpu"],
+        [f"--device gpu: JAX finds no such device{install}", "cpu"],
+        [f"JAX_PLATFORMS=cuda: JAX finds no such device{other}", "cuda"],
+        [f"JAX_PLATFORMS=cuda: JAX finds no such device{reason}{other}", "cuda"],
+        ["cpu", "cpu"],
+    ]
 
 
 def test_accelerators_share_batches_of_sixteen_images_each(monkeypatch):

@@ -9,6 +9,7 @@ import signal
 import time
 import urllib.request
 
+import jax
 import numpy as np
 import pytest
 from hosts_support import Processes, free_port, until_saved
@@ -156,10 +157,13 @@ def test_processes_with_different_recipes_are_refused(tiny, folder, tmp_path):
 def test_one_process_alone_gives_up_waiting_for_the_other(tiny, folder, tmp_path):
     began = time.monotonic()
     processes = Processes(folder, tmp_path / "run", [*RUN, "--data-dir", str(tiny)])
+    port = processes.port
     processes.running[1].kill()
     assert processes.running[0].wait(120) == 2
     assert time.monotonic() - began < 60 + 10, "60 s and the start of Python"
-    assert "not all processes came together" in processes.wait()[1][0][-1]
+    waiting, said = processes.wait()[1][0]
+    assert waiting.startswith(f"waiting for the other processes (coordinator 127.0.0.1:{port}); ")
+    assert said.startswith("error: not all processes came together within 50 s (coordinator ")
 
 
 # Without other processes.
@@ -231,6 +235,35 @@ def test_one_process_stays_alone_where_that_is_asked(monkeypatch):
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
     with hosts.joined(processes=1):
         assert not together.several()
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("SLURM", "SLURM_STEP_NUM_TASKS=4"),
+        ("Open MPI", "OMPI_COMM_WORLD_SIZE=4"),
+        ("Cloud TPU", "TPU_WORKER_HOSTNAMES=a,b"),
+        ("Cloud TPU", "TPU_PROCESS_ADDRESSES=a:1,b:2"),
+        ("Cloud TPU", "MEGASCALE_NUM_SLICES=2"),
+    ],
+)
+def test_a_variable_that_is_left_over_is_named_with_the_way_out(name, found, monkeypatch, capsys):
+    def nobody_else(**_):
+        time.sleep(0.2)
+        raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setenv(*found.split("="))
+    monkeypatch.setattr(hosts, "WAITING_SECONDS", 0.01)
+    monkeypatch.setattr(hosts, "_on_abort", id)
+    monkeypatch.setattr(jax.config, "update", lambda *_: None)
+    monkeypatch.setattr(jax.distributed, "initialize", nobody_else)
+    with pytest.raises(UserError) as refused, hosts.joined():
+        pass
+    out = "start all of them, or give --num-processes 1 if this one is alone"
+    why = f"{name}: {found}"
+    expected = f"cannot join the other processes ({why}): coordinator_address should be defined"
+    assert str(refused.value) == f"{expected}; {out}"
+    assert capsys.readouterr().err == f"waiting for the other processes ({why}); {out}\n"
 
 
 def test_differences_are_named():

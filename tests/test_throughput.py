@@ -5,12 +5,15 @@ import sys
 
 import numpy as np
 import pytest
+from tiny_data import tiny
 
 torch = pytest.importorskip("torch", reason="the benchmark needs torch")
 
 from benchmarks import cases, sides, statistics, throughput, torch_side, worker  # noqa: E402
 from cifar_jax.datasets import Dataset, Split  # noqa: E402
 from cifar_jax.errors import UserError  # noqa: E402
+
+__all__ = ["tiny"]
 
 
 def test_cases_are_parsed_and_named_back():
@@ -143,6 +146,16 @@ def test_worker_says_what_is_missing(tmp_path, monkeypatch):
     try:
         with pytest.raises(UserError, match="no_such_set"):
             client.ask(do="window")
+    finally:
+        client.close()
+
+
+def test_worker_says_that_there_is_no_device(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    client = worker.Worker("ours", device="gpu", data_dir=str(tiny))
+    try:
+        with pytest.raises(UserError, match="--device gpu: JAX finds no such device"):
+            client.ask(do="prepare", case="tutorial:4", weights=str(tmp_path / "w"), seconds=0.1)
     finally:
         client.close()
 
