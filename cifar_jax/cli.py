@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 
 from cifar_jax.errors import UserError, lookup, nearest
 from cifar_jax.models import MODELS
-from cifar_jax.recipes import MODEL_RECIPES, RECIPES, Recipe
+from cifar_jax.recipes import MODEL_RECIPES, RECIPES, Recipe, option_of
 
 DEFAULT_RECIPE = "dropout"
 MAX_SEED = 2**31 - 1
@@ -104,39 +104,14 @@ def positive(text: str) -> int:
     return value
 
 
-_HELP = {
-    "model": "network; picks its own published recipe",
-    "dataset": "cifar10, cifar100, shapes10 or any prepared tfds set of images",
-    "normalize": "half ([-1, 1]), unit ([0, 1]), cifar10 or imagenet statistics",
-    "augment": "comma-separated: cutout, flip, translate",
-    "validation_fraction": "share of the training images held out",
-    "eval_batch_size": "images in an evaluation batch (results do not depend on it)",
-    "weight_decay": "L2 for sgd and adam, decoupled for adamw",
-    "warmup_epochs": "linear warm-up",
-    "step_epochs": "epochs between two drops of the step schedule",
-    "step_factor": "factor of such a drop",
-    "clip_norm": "largest global gradient norm; 0 is off",
-    "ema_decay": "moving average of the weights, evaluated in their place; 0 is off",
-    "select_best": "test the weights of the lowest validation loss",
-    "log_every": "steps between two printed mean losses; 0 is once an epoch",
-    "fold": "vgg16: train the first linear layer folded where that is exact",
-    "precision": "float32, or bfloat16 activations",
-    "resize": "side to which images are resized on the device; 0 is off",
-    "freeze": "comma-separated beginnings of names of layers that are not trained",
-    "rate_scale": "comma-separated prefix=factor: layers with another learning rate",
-    "accumulate": "parts a batch is cut into, for small memories",
-    "remat": "compute activations again in the backward pass, for small memories",
-}
-
-
 def add_recipe_options(parser: Parser) -> None:
     """Adds `--recipe`, `--model` and an option for every other field of a recipe."""
     group = parser.add_argument_group("recipe", "the default of each option is the recipe's value")
     group.add_argument("--recipe", help=f"published run: {', '.join(RECIPES)}")
     types = typing.get_type_hints(Recipe)
     for field in dataclasses.fields(Recipe):
-        option = f"--{field.name.replace('_', '-')}"
-        shown = {"help": _HELP.get(field.name, " "), "default": argparse.SUPPRESS}
+        option = option_of(field.name)
+        shown = {"help": field.metadata["text"], "default": argparse.SUPPRESS}
         if types[field.name] is bool:
             group.add_argument(option, action=argparse.BooleanOptionalAction, **shown)
         elif types[field.name] in (int, float, str):

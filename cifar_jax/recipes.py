@@ -11,80 +11,107 @@ import math
 
 from cifar_jax.errors import UserError, nearest
 
+OPTIMIZER_NAMES = ("adam", "adamw", "sgd")
+SCHEDULE_NAMES = ("constant", "cosine", "onecycle", "step")
+PRECISIONS = ("float32", "bfloat16")
+
+
+def setting(
+    default,
+    text: str,
+    *,
+    low: float | None = None,
+    high: float = math.inf,
+    above: float | None = None,
+    choices: tuple[str, ...] = (),
+):
+    """Returns a field of `Recipe`: what `--help`, the docstring, the README's table and the check
+    know of it.
+
+    Args:
+      default: its value, of the field's type, where a recipe does not say.
+      text: what it is, in one line.
+      low, above, high: a number is at least `low`, or greater than `above`, and at most `high`.
+      choices: the names it may be; () where `check` does not know them.
+    """
+    about = {"text": text, "low": low, "above": above, "high": high, "choices": choices}
+    return dataclasses.field(default=default, metadata=about)
+
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """One run's settings. Fields are plain values, so a recipe is also its JSON.
+    """One run's settings. Fields are plain values, so a recipe is also its JSON."""
 
-    Attributes:
-      model: a name in `cifar_jax.models.MODELS`.
-      dataset: a name `cifar_jax.datasets.load_dataset` understands.
-      normalize: a name in `cifar_jax.augment.NORMALIZATIONS`: `half` maps x/255 to [-1, 1],
-        `unit` leaves it in [0, 1], `cifar10` and `imagenet` use the channel statistics.
-      augment: names in `cifar_jax.augment.AUGMENTATIONS`, applied in order to training images.
-      validation_fraction: share of the training split held out at random, in [0, 1).
-      epochs: passes over the training images.
-      batch_size: images in a step; the last step of an epoch may hold fewer (its loss is the
-        mean over those it holds).
-      eval_batch_size: images in an evaluation batch; results do not depend on it.
-      optimizer: `sgd`, `adam` or `adamw`.
-      learning_rate: the peak rate of the schedule.
-      momentum: SGD's momentum (0 is plain SGD); ignored by Adam.
-      nesterov: Nesterov's form of the momentum.
-      weight_decay: as PyTorch means it: added to the gradient by `sgd` and `adam`, decoupled
-        in `adamw`.
-      schedule: `constant`, `cosine`, `onecycle` or `step`.
-      warmup_epochs: linear warm-up from 0, in epochs.
-      step_epochs, step_factor: `step` multiplies the rate by the factor every so many epochs.
-      clip_norm: clips the gradient to this global norm; 0 is off.
-      label_smoothing: in [0, 1).
-      ema_decay: decay of an exponential moving average of the weights and batch-norm statistics,
-        evaluated in their place, smaller in the first steps (`averaging.moved`); 0 is off.
-      select_best: test the weights of the lowest validation loss (otherwise the last ones).
-      log_every: steps between two printed mean losses; 0 prints one line an epoch.
-      fold: train vgg16's first linear layer as the mean of its 49 blocks where that is exact
-        (`models/fold.py`); other models do without.
-      precision: `float32`, or `bfloat16` activations over float32 weights.
-      resize: side in pixels to which images are resized on the device, in training and in every
-        use of the weights; 0 is off.
-      freeze: layers that are not trained, by how their names begin (`layer_groups`).
-      rate_scale: `prefix=factor` each: layers whose learning rate is the schedule's times the
-        factor.
-      accumulate: parts a batch is cut into, one after another, for small memories: the same
-        step, except that batch normalisation sees a part at a time.
-      remat: compute activations again in the backward pass in place of keeping them: the same
-        step in less memory and more time.
-    """
-
-    model: str = "tutorial_cnn"
-    dataset: str = "cifar10"
-    normalize: str = "half"
-    augment: tuple[str, ...] = ()
-    validation_fraction: float = 0.0
-    epochs: int = 2
-    batch_size: int = 4
-    eval_batch_size: int = 500
-    optimizer: str = "sgd"
-    learning_rate: float = 0.001
-    momentum: float = 0.0
-    nesterov: bool = False
-    weight_decay: float = 0.0
-    schedule: str = "constant"
-    warmup_epochs: float = 0.0
-    step_epochs: float = 10.0
-    step_factor: float = 0.1
-    clip_norm: float = 0.0
-    label_smoothing: float = 0.0
-    ema_decay: float = 0.0
-    select_best: bool = False
-    log_every: int = 0
-    fold: bool = True
-    precision: str = "float32"
-    resize: int = 0
-    freeze: tuple[str, ...] = ()
-    rate_scale: tuple[str, ...] = ()
-    accumulate: int = 1
-    remat: bool = False
+    model: str = setting("tutorial_cnn", "network; picks its own published recipe")
+    dataset: str = setting(
+        "cifar10", "cifar10, cifar100, shapes10 or any prepared tfds set of images"
+    )
+    normalize: str = setting(
+        "half", "half ([-1, 1]), unit ([0, 1]), cifar10 or imagenet statistics"
+    )
+    augment: tuple[str, ...] = setting(
+        (), "transforms of training images, in order: cutout, flip, translate"
+    )
+    validation_fraction: float = setting(
+        0.0, "share of the training images held out at random", low=0, high=0.95
+    )
+    epochs: int = setting(2, "passes over the training images", low=1, high=100_000)
+    batch_size: int = setting(
+        4, "images in a step; an epoch's last may hold fewer", low=1, high=1_000_000
+    )
+    eval_batch_size: int = setting(
+        500, "images in an evaluation batch (results do not depend on it)", low=1, high=1_000_000
+    )
+    optimizer: str = setting("sgd", "sgd, adam or adamw", choices=OPTIMIZER_NAMES)
+    learning_rate: float = setting(0.001, "peak rate of the schedule", low=0, high=1000)
+    momentum: float = setting(
+        0.0, "of sgd; 0 is plain SGD, and adam ignores it", low=0, high=0.99999
+    )
+    nesterov: bool = setting(False, "Nesterov's form of the momentum")
+    weight_decay: float = setting(
+        0.0, "added to the gradient by sgd and adam, decoupled in adamw", low=0, high=10
+    )
+    schedule: str = setting(
+        "constant", "constant, cosine, onecycle or step", choices=SCHEDULE_NAMES
+    )
+    warmup_epochs: float = setting(0.0, "linear warm-up from 0", low=0, high=100_000)
+    step_epochs: float = setting(
+        10.0, "epochs between two drops of the step schedule", above=0, high=100_000
+    )
+    step_factor: float = setting(0.1, "factor of such a drop", above=0, high=1)
+    clip_norm: float = setting(0.0, "largest global gradient norm; 0 is off", low=0, high=1e6)
+    label_smoothing: float = setting(
+        0.0, "share of the target spread over all classes", low=0, high=0.999
+    )
+    ema_decay: float = setting(
+        0.0,
+        "moving average of weights and statistics, evaluated in their place; 0 is off",
+        low=0,
+        high=0.999999,
+    )
+    select_best: bool = setting(
+        False, "test the weights of the lowest validation loss, not the last ones"
+    )
+    log_every: int = setting(
+        0, "steps between two printed mean losses; 0 is once an epoch", low=0, high=1_000_000_000
+    )
+    fold: bool = setting(
+        True, "vgg16: train the first linear layer folded where that is exact (models/fold.py)"
+    )
+    precision: str = setting(
+        "float32", "float32, or bfloat16 activations over float32 weights", choices=PRECISIONS
+    )
+    resize: int = setting(
+        0, "side in pixels to which images are resized on the device; 0 is off", low=0, high=4096
+    )
+    freeze: tuple[str, ...] = setting((), "beginnings of names of layers that are not trained")
+    rate_scale: tuple[str, ...] = setting((), "prefix=factor: layers with another learning rate")
+    accumulate: int = setting(
+        1, "microbatches of a step, one after another, for small memories", low=1, high=1_000_000
+    )
+    remat: bool = setting(
+        False, "compute activations again in the backward pass, for small memories"
+    )
 
     def __post_init__(self):
         check(self)
@@ -116,6 +143,26 @@ class Recipe:
         return dict(_rate_scale(entry) for entry in self.rate_scale)
 
 
+def option_of(name: str) -> str:
+    """Returns the command-line option of a field: `--batch-size` of `batch_size`."""
+    return f"--{name.replace('_', '-')}"
+
+
+Recipe.__doc__ += "\n\n    Attributes:\n" + "\n".join(
+    f"      {field.name}: {field.metadata['text']}." for field in dataclasses.fields(Recipe)
+)
+
+
+def settings_table() -> str:
+    """Returns the Markdown table of all settings, as docs/recipes.md holds it."""
+    rows = ["| option | default | what it is |", "|---|---|---|"]
+    for field in dataclasses.fields(Recipe):
+        default = field.default if isinstance(field.default, tuple) else (field.default,)
+        shown = ",".join(map(str, default)) or "none"
+        rows.append(f"| `{option_of(field.name)}` | {shown} | {field.metadata['text']} |")
+    return "\n".join(rows)
+
+
 def _rate_scale(entry: str) -> tuple[str, float]:
     prefix, _, factor = entry.partition("=")
     try:
@@ -132,53 +179,32 @@ def _rate_scale(entry: str) -> tuple[str, float]:
     return prefix, value
 
 
-# What each number may be: field -> (lowest, highest, whether the lowest itself is allowed).
-_BOUNDS = {
-    "validation_fraction": (0, 0.95, True),
-    "epochs": (1, 100_000, True),
-    "batch_size": (1, 1_000_000, True),
-    "eval_batch_size": (1, 1_000_000, True),
-    "learning_rate": (0, 1000, True),
-    "momentum": (0, 0.99999, True),
-    "weight_decay": (0, 10, True),
-    "warmup_epochs": (0, 100_000, True),
-    "step_epochs": (0, 100_000, False),
-    "step_factor": (0, 1, False),
-    "clip_norm": (0, 1e6, True),
-    "label_smoothing": (0, 0.999, True),
-    "ema_decay": (0, 0.999999, True),
-    "log_every": (0, 1_000_000_000, True),
-    "resize": (0, 4096, True),
-    "accumulate": (1, 1_000_000, True),
-}
-
-_WHOLE = ("epochs", "batch_size", "eval_batch_size", "log_every", "resize", "accumulate")
-
-OPTIMIZER_NAMES = ("adam", "adamw", "sgd")
-SCHEDULE_NAMES = ("constant", "cosine", "onecycle", "step")
-PRECISIONS = ("float32", "bfloat16")
+def _check_number(field: dataclasses.Field, value) -> None:
+    option, about = option_of(field.name), field.metadata
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value):
+        raise UserError(f"{option} must be a number, got {value!r}")
+    if field.type == "int" and not isinstance(value, int):
+        raise UserError(f"{option} must be a whole number, got {value!r}")
+    least, bound = (
+        ("at least", about["low"]) if about["above"] is None else ("above", about["above"])
+    )
+    too_low = value < bound if about["above"] is None else value <= bound
+    if too_low or value > about["high"]:
+        raise UserError(
+            f"{option} must be {least} {bound} and at most {about['high']:g}, got {value}"
+        )
 
 
 def check(recipe: Recipe) -> None:
     """Raises `UserError` naming the first field whose value cannot be meant."""
-    for name, (low, high, closed) in _BOUNDS.items():
-        value = getattr(recipe, name)
-        option = f"--{name.replace('_', '-')}"
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value):
-            raise UserError(f"{option} must be a number, got {value!r}")
-        if name in _WHOLE and not isinstance(value, int):
-            raise UserError(f"{option} must be a whole number, got {value!r}")
-        if value < low or value > high or (value == low and not closed):
-            least = "at least" if closed else "above"
-            raise UserError(f"{option} must be {least} {low} and at most {high:g}, got {value}")
-    for name, valid in (
-        ("optimizer", OPTIMIZER_NAMES),
-        ("schedule", SCHEDULE_NAMES),
-        ("precision", PRECISIONS),
-    ):
-        if getattr(recipe, name) not in valid:
-            value = getattr(recipe, name)
-            raise UserError(f"unknown {name} {value!r}; {nearest(value, valid)}")
+    fields = dataclasses.fields(recipe)
+    for field in fields:
+        if field.type in ("int", "float"):
+            _check_number(field, getattr(recipe, field.name))
+    for field in fields:
+        value, choices = getattr(recipe, field.name), field.metadata["choices"]
+        if choices and value not in choices:
+            raise UserError(f"unknown {field.name} {value!r}; {nearest(value, choices)}")
     if recipe.nesterov and (recipe.optimizer != "sgd" or recipe.momentum == 0):
         raise UserError("--nesterov needs --optimizer sgd and a --momentum above 0")
     if recipe.select_best and recipe.validation_fraction == 0:

@@ -42,3 +42,30 @@ def cifar10():
 def _no_leaked_warning_filters():
     with warnings.catch_warnings():
         yield
+
+
+# What `-m` left out, said in the last lines: {how to run it: tests}.
+_LEFT_OUT = {"extended": "make test-all", "slow": "make test-slow"}
+_counts = {}
+
+
+def pytest_deselected(items):
+    for item in items:
+        marker = next((name for name in reversed(_LEFT_OUT) if item.get_closest_marker(name)), None)
+        if marker:
+            _counts[marker] = _counts.get(marker, 0) + 1
+
+
+def pytest_sessionfinish(session):
+    if hasattr(session.config, "workeroutput"):  # a process of pytest-xdist: each collects all
+        session.config.workeroutput["left_out"] = _counts
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node, error):
+    _counts.update(getattr(node, "workeroutput", {}).get("left_out", {}))
+
+
+def pytest_terminal_summary(terminalreporter):
+    for marker, count in _counts.items():
+        terminalreporter.write_line(f"left out: {count} {marker} tests ({_LEFT_OUT[marker]})")

@@ -7,6 +7,7 @@ import pytest
 from tiny_data import NAMES, ROOT, complete, python, tiny
 
 from cifar_jax import export, inference
+from cifar_jax.recipes import settings_table
 
 __all__ = ["complete", "tiny"]
 
@@ -48,3 +49,8 @@ def test_example_runs(block, cifar10, tmp_path):
         loss, right, count = map(float, found.groups())
         assert 1.0 < loss < 2.31, "below ln 10, the loss of a network that knows nothing"
         assert 0 < right < count == 500
+
+
+def test_the_table_of_settings_is_that_of_the_recipe():
+    page = (ROOT / "docs/recipes.md").read_text()
+    assert settings_table() in page, "put what settings_table() returns into docs/recipes.md"
