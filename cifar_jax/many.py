@@ -123,15 +123,6 @@ class Groups:
         write_json(file, {"size": self.plan.size})
         return self.plan.size
 
-    @property
-    def images(self) -> int:
-        """How many images one run is trained on."""
-        return self.members[0].config.recipe.epochs * len(self.members[0].training)
-
-    @property
-    def last_step(self) -> int:
-        return self.members[0].config.recipe.epochs * self.members[0].steps_per_epoch
-
     def train(self, stop: Callable[[], int | None], say: Print) -> list[dict]:
         """Trains what is not done yet; returns what each group's `complete.json` holds. All
         processes return together.
@@ -140,20 +131,22 @@ class Groups:
           Interrupted: stopped by a signal, after saving.
           UserError: a full disk, or no good checkpoint among those there.
         """
-        size = together.by_leader(self.size)
+        run, size = self.members[0], together.by_leader(self.size)
+        epochs = run.config.recipe.epochs
+        images, last_step = epochs * len(run.training), epochs * run.steps_per_epoch
         parts = [slice(i, i + size) for i in range(0, len(self.members), size)]
-        with Progress(self.images * len(self.members), shown=together.is_leader()) as bar:
+        with Progress(images * len(self.members), shown=together.is_leader()) as bar:
             tell = bar.print if say is print else say
             trained = 0
             for number, part in enumerate(parts):
                 mine = number % hosts.count() == hosts.index()
                 if not mine or self._is_done(number, part):
-                    bar.skip(self.images * len(self.members[part]))
+                    bar.skip(images * len(self.members[part]))
                     trained += mine
                     continue
                 signal = stop()
                 if signal and trained:
-                    raise Interrupted(signal, self.last_step)
+                    raise Interrupted(signal, last_step)
                 if len(parts) > 1:
                     count = len(self.members[part])
                     runs = f"{count} run{'s' if count > 1 else ''}"
@@ -162,7 +155,7 @@ class Groups:
                 trained += 1
         signal = together.wait_for_all(stop)
         if signal:
-            raise Interrupted(signal, self.last_step)
+            raise Interrupted(signal, last_step)
         return [_read(self._complete(number)) for number in range(len(parts))]
 
     def _complete(self, number: int) -> Path:

@@ -181,21 +181,18 @@ def train_or_stand_still(
     return lax.fori_loop(0, length, body, changing)
 
 
-def train_in_turn(step: Callable, changing, hparams, examples, batch_indices, row, start, length):
-    """`train_until_diverged` of one replica after another."""
-    chunk = (row, start, length)
-    return lax.map(
-        lambda own: train_until_diverged(step, own[0], own[1], examples, own[2], *chunk),
-        (changing, hparams, batch_indices),
-    )
+def train_replicas(
+    form: str, step, changing, hparams, examples, batch_indices, row, start, length
+) -> tuple:
+    """Every replica's chunk, in the form asked for."""
+    train = {"map": train_until_diverged, "vmap": train_or_stand_still}[form]
 
+    def one(own):
+        changing, hparams, batch_indices = own
+        return train(step, changing, hparams, examples, batch_indices, row, start, length)
 
-def train_together(step: Callable, changing, hparams, examples, batch_indices, row, start, length):
-    """`train_or_stand_still` of all replicas in every step."""
-    chunk = (row, start, length)
-    return jax.vmap(
-        lambda *own: train_or_stand_still(step, own[0], own[1], examples, own[2], *chunk)
-    )(changing, hparams, batch_indices)
+    own = (changing, hparams, batch_indices)
+    return lax.map(one, own) if form == "map" else jax.vmap(one)(own)
 
 
 def evaluate_in_turn(step: Callable, variables, examples, batch_indices):
@@ -212,7 +209,7 @@ def compile_training(
     """Returns `parallel.compile_training`'s program with a replica axis that divides by the mesh
     (`split_evenly`) in front of the batch indices, `hparams` and `changing`: (state, step metrics,
     alive), as in `train_until_diverged`."""
-    train = {"map": train_in_turn, "vmap": train_together}[form]
+    train = functools.partial(train_replicas, form)
     return parallel.compile_training(step, static_length, mesh, remat, train=train, own=P(AXIS))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -45,13 +45,13 @@ class Arrays:
     best: Any
 
 
-@dataclasses.dataclass
-class Chunk:
-    """The `length` steps of one dispatch, on rows `row`, `row + 1`, ... of the batch indices."""
+class Chunk(NamedTuple):
+    """What a training program takes beside the state: see `parallel.train_many`."""
 
     examples: Examples
     batch_indices: jax.Array
     row: int
+    start: int
     length: int
 
 
@@ -62,8 +62,8 @@ class Runs:
     Each of the two has `alone`, `chunk_seconds` (how long a dispatch should take), and
       place(tree): a tree, of a group [R, ...], on the devices; on_host(tree): from there, [R, ...];
       abstract_payload(), payload(arrays): what a checkpoint holds, the first as shapes;
-      train_chunk(changing, alive, *chunk): (state, step metrics) after the steps; the old ones are
-        donated, and a run that is not `alive` takes no step;
+      train(arrays, alive, chunk): the arrays after a chunk; the old ones are donated, and a run
+        that is not `alive`, bool [R], takes no step;
       finite(arrays): bool [R], whether all weights are;
       label(i): what the rows of a member carry beside their values;
       show_window(row), show_epoch(rows, improved): shows rows of members that are not frozen;
@@ -130,21 +130,15 @@ class Runs:
             mine = feed.columns(orders[0], jax.process_index(), jax.process_count(), run.devices)
             source = record_source(run.dataset.splits["train"])
             for data, rows, length in feed.stream(source, mine, step, lengths.streamed(size)):
-                yield Chunk(*resident.put_chunk(data, rows, run.mesh), row=0, length=length)
+                yield Chunk(*resident.put_chunk(data, rows, run.mesh), 0, step, length)
+                step += length
             return
         batch_indices = self.put(orders)
         while step < run.steps_per_epoch:
             length = lengths.next(run.steps_per_epoch - step)
             length = int(together.numbers(length)[0, 0])
-            yield Chunk(self.examples, batch_indices, step, length)
+            yield Chunk(self.examples, batch_indices, step, step, length)
             step += length
-
-    def train(self, arrays: Arrays, alive: np.ndarray, chunk: Chunk, start: int) -> Arrays:
-        """Returns the arrays after a chunk that begins `start` steps into the epoch; the old ones
-        are donated. Runs that are not `alive`, bool [R], take no step."""
-        where = (chunk.examples, chunk.batch_indices, chunk.row, start, chunk.length)
-        changing = self.train_chunk((arrays.state, arrays.step_metrics), alive, *where)
-        return Arrays(*changing, arrays.best)
 
     def validate(self, arrays: Arrays) -> dict[str, np.ndarray] | None:
         """Returns the sums over the validation images, [R, ...]; None where there are none."""
@@ -189,8 +183,9 @@ class OneRun(Runs):
     def payload(self, arrays: Arrays) -> dict:
         return from_recipe.payload(arrays.state, arrays.step_metrics)
 
-    def train_chunk(self, changing, alive, *chunk):
-        return self.run.train_many(changing, *chunk)
+    def train(self, arrays: Arrays, alive: np.ndarray, chunk: Chunk) -> Arrays:
+        changing = (arrays.state, arrays.step_metrics)
+        return Arrays(*self.run.train_many(changing, *chunk), {})
 
     def finite(self, arrays: Arrays) -> np.ndarray:
         return self.on_host(checks.all_finite(arrays.state.params))
@@ -266,11 +261,12 @@ class Group(Runs):
         count = len(self.members)
         return jax.tree.map(lambda x: x if x.shape[0] == count else x[:count], whole)
 
-    def train_chunk(self, changing, alive, examples, batch_indices, *where):
-        padding = np.zeros(batch_indices.shape[0] - len(alive), bool)
+    def train(self, arrays: Arrays, alive: np.ndarray, chunk: Chunk) -> Arrays:
+        padding = np.zeros(chunk.batch_indices.shape[0] - len(alive), bool)
         alive = self.place(np.concatenate([alive, padding]))
-        changing = (*changing, alive)
-        return self.programs.train(changing, examples, batch_indices, *where, self.hparams)[:2]
+        changing = (arrays.state, arrays.step_metrics, alive)
+        state, step_metrics, _ = self.programs.train(changing, *chunk, self.hparams)
+        return Arrays(state, step_metrics, arrays.best)
 
     def finite(self, arrays: Arrays) -> np.ndarray:
         return self.on_host(replicas.all_finite(arrays.state.params))

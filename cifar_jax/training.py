@@ -143,7 +143,7 @@ class Loop:
         with clock("training"):
             chunk = next(chunks)
             began = time.monotonic()
-            arrays = self.runs.train(at.arrays, at.alive(), chunk, at.step)
+            arrays = self.runs.train(at.arrays, at.alive(), chunk)
             metrics = self.runs.on_host(arrays.step_metrics)
             self.lengths.ran(chunk.length, time.monotonic() - began)
         clock.first_step = clock.first_step or seconds_since_start()
