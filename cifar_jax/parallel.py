@@ -191,6 +191,16 @@ def sharing_a_batch(mesh: Mesh | None) -> int:
     return 1 if mesh is None else mesh.shape[AXIS]
 
 
+def over_devices(
+    function: Callable, mesh: Mesh | None, in_specs: Any, out_specs: Any, *, check: bool = True
+) -> Callable:
+    """Returns `function` split over a mesh's devices, as it is where there is no mesh."""
+    if mesh is None:
+        return function
+    specs = {"in_specs": in_specs, "out_specs": out_specs}
+    return jax.shard_map(function, mesh=mesh, check_vma=check, **specs)
+
+
 def compile_training(
     step: Callable,
     static_length: bool | None = None,
@@ -228,12 +238,9 @@ def compile_training(
             steps = functools.partial(train, length=length)
         else:
             steps, arrays, specs = train, (*arrays, length), (*specs, P())
-        if mesh is not None:
-            # Over runs nothing is summed, and what a step sums over its batch's devices is equal
-            # on all of them: no check of that.
-            checks = {"check_vma": own == WHOLE}
-            steps = jax.shard_map(steps, mesh=mesh, in_specs=specs, out_specs=own, **checks)
-        return steps(*arrays)
+        # Over runs nothing is summed, and what a step sums over its batch's devices is equal on
+        # all of them: no check of that.
+        return over_devices(steps, mesh, specs, own, check=own == WHOLE)(*arrays)
 
     static = {"static_argnames": ("length",)} if static_length else {}
     jitted = jax.jit(program, donate_argnums=0, compiler_options=compiler_options(remat), **static)
@@ -263,12 +270,10 @@ def compile_evaluation(
 
     def program(variables, examples, batch_indices):
         batch_indices = pad_to_divide(batch_indices, sharing_a_batch(mesh), -1, axis=-1)
-        sums = sums_of
-        if mesh is not None:
-            specs = (own, examples.spec, P(*own, None, AXIS))
-            # The scan's zeros are equal on every device, its sums are not: no check of that.
-            sums = jax.shard_map(sums, mesh=mesh, in_specs=specs, out_specs=own, check_vma=False)
-        return sums(variables, examples, batch_indices)
+        specs = (own, examples.spec, P(*own, None, AXIS))
+        # The scan's zeros are equal on every device, its sums are not: no check of that.
+        summed = over_devices(sums_of, mesh, specs, own, check=False)
+        return summed(variables, examples, batch_indices)
 
     jitted = jax.jit(program, compiler_options=compiler_options())
     return lambda *arrays: jitted(*_to_processes(arrays, mesh))
@@ -280,9 +285,7 @@ def compile_prediction(step: Callable, mesh: Mesh | None = None) -> Callable:
 
     def program(variables, images):
         predict = functools.partial(predict_many, step)
-        if mesh is not None:
-            specs = {"in_specs": (P(), P(None, AXIS)), "out_specs": P(None, AXIS)}
-            predict = jax.shard_map(predict, mesh=mesh, **specs)
+        predict = over_devices(predict, mesh, (WHOLE, P(None, AXIS)), P(None, AXIS))
         logits = predict(variables, pad_to_divide(images, sharing_a_batch(mesh), 0))
         return logits[:, : images.shape[1]]
 

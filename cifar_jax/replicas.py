@@ -123,7 +123,7 @@ def pick(tree: Any, index: jax.Array) -> Any:
 @functools.partial(jax.jit, donate_argnums=2)
 def keep(chosen: jax.Array, new: Any, old: Any) -> Any:
     """Returns, replica by replica, `new` where `chosen`, bool [R], holds, else `old` (donated)."""
-    return jax.vmap(lambda c, *trees: _where(c, *trees))(chosen, new, old)
+    return jax.vmap(_where)(chosen, new, old)
 
 
 # bool [R]: whether every number of a replica's parameters is finite.
@@ -150,10 +150,8 @@ def train_until_diverged(
 
     def body(carry):
         i, (state, metrics, _) = carry
-        row_indices = batch_indices[row + i]
-        state, metrics = parallel.measured_step(
-            step, state, metrics, examples, row_indices, start + i
-        )
+        batch = batch_indices[row + i]
+        state, metrics = parallel.measured_step(step, state, metrics, examples, batch, start + i)
         return i + 1, (state, metrics, jnp.isfinite(metrics["loss"][start + i]))
 
     def goes_on(carry):
@@ -172,9 +170,8 @@ def train_or_stand_still(
 
     def body(i, carry):
         state, metrics, alive = carry
-        new = parallel.measured_step(
-            step, state, metrics, examples, batch_indices[row + i], start + i
-        )
+        batch = batch_indices[row + i]
+        new = parallel.measured_step(step, state, metrics, examples, batch, start + i)
         state, metrics = _where(alive, new, (state, metrics))
         return state, metrics, alive & jnp.isfinite(metrics["loss"][start + i])
 
@@ -225,8 +222,7 @@ def compile_prediction(step: Callable, mesh: Mesh) -> Callable:
     def predict(variables, images):
         return lax.map(lambda own: parallel.predict_many(step, own, images), variables)
 
-    specs = {"in_specs": (P(AXIS), P()), "out_specs": P(AXIS)}
-    split = jax.shard_map(predict, mesh=mesh, check_vma=False, **specs)
+    split = parallel.over_devices(predict, mesh, (P(AXIS), P()), P(AXIS), check=False)
     return jax.jit(split, compiler_options=parallel.compiler_options())
 
 

@@ -92,11 +92,11 @@ class Runs:
         run, split, place = self.run, self.run.dataset.splits["train"], self.run.place
         images, labels = split.images, split.labels
         validation = [member.validation for member in self.members]
-        if place is Placement.STREAM and self.validates:  # its own images only, in their order
-            images, labels = images[run.validation], labels[run.validation]
-            validation = [np.arange(len(labels), dtype=np.int32)]
-            place = Placement.SPLIT if together.several() else Placement.RESIDENT
         with run.clock("data"):
+            if place is Placement.STREAM and self.validates:  # its own images only, in their order
+                images, labels = images[run.validation], labels[run.validation]
+                validation = [np.arange(len(labels), dtype=np.int32)]
+                place = Placement.SPLIT if together.several() else Placement.RESIDENT
             if place is not Placement.STREAM:
                 self.examples = resident.put(images, labels, self.mesh, place)
         if self.validates:
