@@ -58,9 +58,10 @@ class OurReplicas(ReplicaSide):
         """Builds the case; its weights are drawn from the seed that `sides.Ours` draws from."""
         import jax
 
-        from cifar_jax import feed, group, parallel, replicas
+        from cifar_jax import parallel, replicas, resident
         from cifar_jax.clock import Clock, compile_seconds
         from cifar_jax.run import Options, make_run
+        from cifar_jax.runs import Group
         from cifar_jax.workdir import Config, describe_data
 
         recipe, described = case.settings(precision), describe_data(dataset)
@@ -70,30 +71,28 @@ class OurReplicas(ReplicaSide):
         compiled = compile_seconds()
         mesh = replicas.replica_mesh("all", self.replicas)
         start, split = time.perf_counter(), dataset.splits["train"]
-        data = feed.on_host(split.images, split.labels)
-        self.data = jax.block_until_ready(replicas.to_all(data, mesh))
+        self.data = jax.block_until_ready(resident.put(split.images, split.labels, mesh))
         data_seconds = time.perf_counter() - start
         self.orders = replica_orders(len(split), case.batch_size, self.replicas)
         self.order = replicas.split_evenly(self.orders, mesh)
         states = [run.with_config(config).create() for config in configs]
-        records = [parallel.empty_record(self.orders.shape[1])] * self.replicas
 
         def fresh():
-            alive = np.ones(self.replicas, bool)
-            tree = (replicas.stack(states), replicas.stack(records), alive)
+            metrics = parallel.empty_metrics(self.replicas, self.orders.shape[1])
+            tree = (replicas.stack(states), metrics, np.ones(self.replicas, bool))
             return replicas.split_evenly(tree, mesh)
 
         count = min(compared_steps(recipe), self.orders.shape[1])
         self.changing = fresh()
         self.train = replicas.compile_training(plain_step(run), self.form, mesh)
         self.steps(0, count)
-        record = {name: np.asarray(values[0][:count]) for name, values in self.changing[1].items()}
+        metrics = {name: np.asarray(values[0][:count]) for name, values in self.changing[1].items()}
         self.changing = fresh()
-        self.train = group.make_programs(run, self.form, mesh).train
-        self.settle(parallel.Chunks(self.orders.shape[1], seconds=group.CHUNK_SECONDS))
+        self.train = replicas.make_programs(run, self.form, mesh).train
+        self.settle(parallel.Chunks(self.orders.shape[1], seconds=Group.chunk_seconds))
         self.warm_up(seconds)
         return {
-            "losses": (record["loss"] / record["count"]).tolist(),
+            "losses": (metrics["loss"] / metrics["count"]).tolist(),
             "compile_seconds": compile_seconds() - compiled,
             "data_seconds": data_seconds,
         }
@@ -105,8 +104,7 @@ class OurReplicas(ReplicaSide):
             chunks.ran(self.chunk, self.timed())
 
     def steps(self, row: int, count: int) -> None:
-        own = (*self.changing, self.order, {})
-        self.changing = self.train(own, self.data, row, row, count)
+        self.changing = self.train(self.changing, self.data, self.order, row, row, count)
 
     def sync(self) -> None:
         import jax

@@ -106,7 +106,7 @@ class Ours(Side):
         """Builds the case and writes the initial weights to `weights` (.npz)."""
         import jax
 
-        from cifar_jax import feed, hardware, steps
+        from cifar_jax import feed, hardware, resident, steps
         from cifar_jax.clock import Clock, compile_seconds
         from cifar_jax.run import Options, make_run
         from cifar_jax.workdir import Config, describe_data
@@ -126,13 +126,13 @@ class Ours(Side):
         np.savez(weights, **flat)
         start = time.perf_counter()
         split = dataset.splits["train" if case.kind == "train" else "test"]
-        where = hardware.everywhere(run.mesh) if case.kind == "train" else None
-        self.data = jax.block_until_ready(feed.to_device(split.images, split.labels, where))
+        where = run.mesh if case.kind == "train" else None
+        self.data = jax.block_until_ready(resident.put(split.images, split.labels, where))
         data_seconds = time.perf_counter() - start
         if case.kind == "train":
             order = full_batches(len(split), case.batch_size)
             self.rows, self.row = len(order), 0
-            self.order = jax.device_put(order)
+            self.state, self.order = resident.replicate((self.state, order), run.mesh)
             losses = self._first_losses(recipe)
             self.dispatch = self._train
             self._begin()
@@ -171,19 +171,22 @@ class Ours(Side):
         if hasattr(self.run.model, "dropout_rate"):
             train_many = parallel.compile_training(plain_step(self.run), mesh=self.run.mesh)
         count = min(compared_steps(recipe), self.rows)
-        copy, record = jax.tree.map(jnp.copy, self.state), parallel.empty_record(self.rows)
-        _, record = train_many(copy, record, self.data, self.order, 0, 0, count)
-        sums = {name: np.asarray(values)[:count] for name, values in record.items()}
+        copy = jax.tree.map(jnp.copy, self.state)
+        _, metrics = train_many((copy, self._empty_metrics()), self.data, self.order, 0, 0, count)
+        sums = {name: np.asarray(values)[:count] for name, values in metrics.items()}
         return (sums["loss"] / sums["count"]).tolist()
+
+    def _empty_metrics(self):
+        from cifar_jax import parallel, resident
+
+        return resident.replicate(parallel.empty_metrics(self.rows), self.run.mesh)
 
     def _begin(self) -> None:
         """Makes ready what `_train` needs: as many steps a dispatch as `cifar_jax.train` takes, or
         nearly so; where a length is a program, 256."""
         import jax
 
-        from cifar_jax import parallel
-
-        self.record = parallel.empty_record(self.rows)
+        self.pending = self._empty_metrics()
         if jax.default_backend() == "cpu":
             self.size_chunk(0.3, self.rows)
         else:
@@ -192,11 +195,11 @@ class Ours(Side):
     def _train(self) -> int:
         if self.row + self.chunk > self.rows:
             self.row = 0
-        self.state, self.record = self.run.train_many(
-            self.state, self.record, self.data, self.order, self.row, self.row, self.chunk
+        changing = (self.state, self.pending)
+        self.state, self.pending = self.run.train_many(
+            changing, self.data, self.order, self.row, self.row, self.chunk
         )
         self.row += self.chunk
-        self.pending = self.record
         return self.chunk * self.order.shape[1]
 
     def _evaluate(self, images: int) -> int:
@@ -219,10 +222,10 @@ class OurStep(Ours):
     def _jitted(self, step):
         import jax
 
-        from cifar_jax import feed, parallel
+        from cifar_jax import parallel
 
         def one(state, data, order, row):
-            return step(state, feed.take_batch(data, order[row]))
+            return step(state, data.take(order[row]))
 
         return jax.jit(one, donate_argnums=0, compiler_options=parallel.compiler_options())
 

@@ -49,51 +49,26 @@ def check_first_forward(run, state) -> str:
     )
 
 
-def check_loss(
-    host: dict[str, np.ndarray],
-    before: int,
-    after: int,
-    first_step: int,
-    recipe: Recipe,
-    steps_per_epoch: int,
-    checkpoints,
-) -> None:
-    """Looks at the losses of steps before..after-1 of an epoch that began at `first_step`.
-
-    Raises:
-      UserError: one is not finite; the message gives its step, the learning rate, and the
-        checkpoint that is left.
-    """
-    bad = np.flatnonzero(~np.isfinite(host["loss"][before:after]))
-    if not len(bad):
-        return
-    step = first_step + before + int(bad[0])
-    raise _diverged("the loss is", step, recipe, steps_per_epoch, checkpoints)
-
-
-def check_weights(state, step: int, recipe: Recipe, steps_per_epoch: int, checkpoints) -> None:
-    """Looks at the weights after `step` steps, before they replace an older checkpoint.
-
-    A step of finite loss can still make them infinite, which only the next loss would show.
-
-    Raises:
-      UserError: one is not finite.
-    """
-    if not bool(_all_finite(state.params)):
-        raise _diverged("weights are", step - 1, recipe, steps_per_epoch, checkpoints)
-
-
 @jax.jit
-def _all_finite(params) -> jax.Array:
+def all_finite(params) -> jax.Array:
+    """Returns whether every number of a tree of parameters is finite."""
     return jnp.array([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(params)]).all()
 
 
-def _diverged(what: str, step: int, recipe: Recipe, steps_per_epoch: int, checkpoints) -> UserError:
-    rate = optimizers.learning_rate(recipe, steps_per_epoch, step)
-    newest = checkpoints.latest_step()
-    kept = f"the checkpoint of step {newest} is kept" if newest is not None else "nothing saved yet"
+def diverged(
+    what: str, step: int, recipe: Recipe, steps_per_epoch: int, saved: int | None
+) -> UserError:
+    """Returns the error of a run whose `loss` or `weights` are not finite.
+
+    Args:
+      step: which made them so, counted from 1.
+      saved: the newest checkpoint's step, None where there is none.
+    """
+    what = {"loss": "the loss is", "weights": "weights are"}[what]
+    rate = optimizers.learning_rate(recipe, steps_per_epoch, step - 1)
+    kept = f"the checkpoint of step {saved} is kept" if saved is not None else "nothing saved yet"
     return UserError(
-        f"{what} not finite at step {step + 1} (learning rate {rate:g}); {kept}. "
+        f"{what} not finite at step {step} (learning rate {rate:g}); {kept}. "
         f"Try --learning-rate {rate / 10:g}, --clip-norm 1 or --warmup-epochs 1, with --overwrite"
     )
 

@@ -52,11 +52,11 @@ def step_of(
     recipe: Recipe,
     model: nn.Module,
     steps_per_epoch: int,
-    numbers: Mapping[str, jax.Array] | None = None,
+    hparams: Mapping[str, jax.Array] | None = None,
 ) -> Callable:
     """Returns `step(state, batch) -> (state, sums)`: `steps.train_step` of this recipe, with
-    `numbers` in place of its own `TRACED` ones (see `optimizers.make_optimizer`)."""
-    given = dict(numbers or {})
+    `hparams` in place of its own `TRACED` ones (see `optimizers.make_optimizer`)."""
+    given = dict(hparams or {})
     step = functools.partial(
         steps.train_step,
         model=model,
@@ -67,21 +67,21 @@ def step_of(
         freeze=recipe.freeze,
     )
 
-    def in_pieces(state, batch, **options):
-        parts = recipe.accumulate
-        if parts == 1:
-            parts = parallel.pieces(batch["label"].shape[0], state)
-        return step(state, batch, accumulate=parts, **options)
+    def in_microbatches(state, batch, **options):
+        count = recipe.accumulate
+        if count == 1:
+            count = parallel.microbatches(batch["label"].shape[0], state)
+        return step(state, batch, accumulate=count, **options)
 
-    return in_pieces
+    return in_microbatches
 
 
 def swept_step_of(recipe: Recipe, model: nn.Module, steps_per_epoch: int) -> Callable:
-    """Returns `step(state, batch, axis_name=None, **numbers)`: `step_of` with the numbers it is
+    """Returns `step(state, batch, axis_name=None, **hparams)`: `step_of` with the `hparams` it is
     called with."""
 
-    def step(state, batch, axis_name=None, **numbers):
-        swept = step_of(recipe, model, steps_per_epoch, numbers)
+    def step(state, batch, axis_name=None, **hparams):
+        swept = step_of(recipe, model, steps_per_epoch, hparams)
         return swept(state, batch, axis_name=axis_name)
 
     return step
@@ -100,11 +100,17 @@ def cpu_threads(recipe: Recipe, devices: str) -> int | None:
     return hardware.cpu_threads(devices, recipe.batch_size, weights)
 
 
-def payload(state, record: dict) -> dict:
-    """Returns what a run's checkpoints hold; `record` is that of the epoch under way."""
-    return {"state": state, "record": record}
+def inference_steps(recipe: Recipe, model: nn.Module) -> tuple[Callable, Callable]:
+    """Returns `steps.eval_step` and `steps.predict_step` of this recipe."""
+    parts = {"model": model, "preprocess": preprocess_of(recipe)}
+    return tuple(functools.partial(step, **parts) for step in (steps.eval_step, steps.predict_step))
+
+
+def payload(state, step_metrics: dict) -> dict:
+    """Returns what a run's checkpoints hold: `record` is the sums of the epoch under way."""
+    return {"state": state, "record": step_metrics}
 
 
 def abstract_payload(shapes: steps.TrainState, steps_per_epoch: int) -> dict:
     """Returns `payload` as shapes, to restore into; `shapes` is the state's."""
-    return payload(shapes, jax.eval_shape(lambda: parallel.empty_record(steps_per_epoch)))
+    return payload(shapes, jax.eval_shape(lambda: parallel.empty_metrics(steps_per_epoch)))

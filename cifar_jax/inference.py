@@ -27,6 +27,7 @@ from cifar_jax import (
 from cifar_jax.datasets import Dataset, Split
 from cifar_jax.errors import UserError
 from cifar_jax.models import fold, model_of
+from cifar_jax.resident import Examples
 from cifar_jax.workdir import Config, read_config
 
 
@@ -180,9 +181,9 @@ def evaluate_split(
     """
     size = len(split.labels)
     data = feed.on_host(split.images, split.labels)  # outside jit a gather is half a dozen programs
-    order = feed.batches(np.arange(size, dtype=np.int32), min(batch_size, size))
-    sums = jax.device_get(evaluate(variables, data, order))
-    logits = predict(variables, data["image"][np.maximum(order, 0)])
+    indices = feed.batches(np.arange(size, dtype=np.int32), min(batch_size, size))
+    sums = jax.device_get(evaluate(variables, Examples(**data), indices))
+    logits = predict(variables, data["image"][np.maximum(indices, 0)])
     return split_results(sums, logits, class_names, size)
 
 
@@ -204,11 +205,8 @@ def programs(
     `hardware.choose_devices`, for batches of that size."""
     weights = steps.parameter_count(trained.variables["params"])
     mesh = hardware.data_mesh(hardware.choose_devices(devices, batch_size, weights))
-    parts = {"model": trained.model, "preprocess": trained.preprocess}
-    return (
-        parallel.compile_evaluation(functools.partial(steps.eval_step, **parts), mesh),
-        parallel.compile_prediction(functools.partial(steps.predict_step, **parts), mesh),
-    )
+    evaluate, predict = from_recipe.inference_steps(trained.config.recipe, trained.model)
+    return parallel.compile_evaluation(evaluate, mesh), parallel.compile_prediction(predict, mesh)
 
 
 def check_fits(trained: Trained, dataset: Dataset) -> None:

@@ -1,5 +1,5 @@
 """Many runs of one recipe, of a seed each: `--seeds`. Groups that fit in memory are trained one
-after another (`group.py`), or dealt to the processes where there are several, which share the
+after another (`runs.Group`), or dealt to the processes where there are several, which share the
 directory and nothing else; each run then gets a run directory of its own, and all of them the
 spread of what they found."""
 
@@ -19,21 +19,20 @@ from cifar_jax import group_size, hosts, many_finish, records, replicas, togethe
 from cifar_jax.checks import check_first_forward
 from cifar_jax.clock import Clock
 from cifar_jax.errors import UserError
-from cifar_jax.group import Group, Position, Programs, make_programs
-from cifar_jax.members import folder_of, write_members
+from cifar_jax.members import TrainedGroup, folder_of, write_members
 from cifar_jax.progress import Progress
+from cifar_jax.resident import Placement
 from cifar_jax.run import Run
-from cifar_jax.training import Interrupted, Print
-from cifar_jax.workdir import Config, show_seeds, write_json
-
-DONE = "complete.json"  # in a group's folder: what became of it
+from cifar_jax.runs import Group
+from cifar_jax.training import Interrupted, Loop, Print
+from cifar_jax.workdir import show_seeds, write_json
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """How many runs are trained: `programs` for groups of `size`, each run of about `bytes`."""
 
-    programs: Programs
+    programs: replicas.Programs
     size: int
     bytes: int
     available: int | None
@@ -47,13 +46,13 @@ def make_plan(
     asked_size: int | None,
     step: Callable | None = None,
 ) -> Plan:
-    """Decides form, devices and group size for `count` runs as `run`; `step` as `make_programs`
-    takes it. Of several processes each gets a share; all must call it.
+    """Decides form, devices and group size for `count` runs as `run`; `step` as
+    `replicas.make_programs` takes it. Of several processes each gets a share; all must call it.
 
     Raises:
       UserError: unknown form, more devices than there are, or a data set too large for one.
     """
-    if run.place != "resident":
+    if run.place is not Placement.RESIDENT:
         raise UserError("many runs at once need a data set that fits on every device; this is not")
     form = replicas.choose_form(asked_form)
     share = -(-count // hosts.count())
@@ -62,7 +61,7 @@ def make_plan(
     rows, columns = mesh.devices.shape
     fitting, size = group_size.group_size(run, form, rows, available, columns)
     fitting = min(asked_size or fitting, share)
-    return Plan(make_programs(run, form, mesh, step), fitting, size, available)
+    return Plan(replicas.make_programs(run, form, mesh, step), fitting, size, available)
 
 
 def opening_lines(run: Run, plan: Plan) -> list[str]:
@@ -85,6 +84,106 @@ def opening_lines(run: Run, plan: Plan) -> list[str]:
     return lines
 
 
+@dataclasses.dataclass(frozen=True)
+class Groups:
+    """Runs of the same programs and shapes, trained in groups that fit in memory. What is done is
+    not done again. Several processes take every n-th group each, and share the folder:
+
+        groups/size.json               {"size": runs in a group}, of the first start: it stays
+        groups/<n>/metrics.jsonl       of group n in training: rows with their `member`
+        groups/<n>/checkpoints/        likewise
+        groups/<n>/complete.json       group n is done; in its place, for the two above are deleted.
+                                       {"result": what `work` returned, "seconds": {phase: seconds},
+                                       "process": the number of the one that trained it}
+
+    `complete.json` is written after all that `work` writes, so a kill before repeats `work`.
+
+    Attributes:
+      members: the runs.
+      folder: holds `groups/`.
+      work: what is to be done with a trained group; returns something JSON holds.
+      is_intact: whether what `work` did for these runs, and returned, is still there.
+      hparams, names: of each run, as `Group` takes them.
+    """
+
+    members: Sequence[Run]
+    plan: Plan
+    folder: Path
+    work: Callable[[TrainedGroup], Any]
+    is_intact: Callable[[Sequence[Run], Any], bool] = lambda members, result: True
+    hparams: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    names: Sequence[str] | None = None
+
+    def size(self) -> int:
+        """Returns how many runs make a group: as an earlier part of the same command decided."""
+        file = self.folder / "groups" / "size.json"
+        if file.exists():
+            return _read(file)["size"]
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(file, {"size": self.plan.size})
+        return self.plan.size
+
+    def train(self, stop: Callable[[], int | None], say: Print) -> list[dict]:
+        """Trains what is not done yet; returns what each group's `complete.json` holds. All
+        processes return together.
+
+        Raises:
+          Interrupted: stopped by a signal, after saving.
+          UserError: a full disk, or no good checkpoint among those there.
+        """
+        run, size = self.members[0], together.by_leader(self.size)
+        epochs = run.config.recipe.epochs
+        images, last_step = epochs * len(run.training), epochs * run.steps_per_epoch
+        parts = [slice(i, i + size) for i in range(0, len(self.members), size)]
+        with Progress(images * len(self.members), shown=together.is_leader()) as bar:
+            tell = bar.print if say is print else say
+            trained = 0
+            for number, part in enumerate(parts):
+                mine = number % hosts.count() == hosts.index()
+                if not mine or self._is_done(number, part):
+                    bar.skip(images * len(self.members[part]))
+                    trained += mine
+                    continue
+                signal = stop()
+                if signal and trained:
+                    raise Interrupted(signal, last_step)
+                if len(parts) > 1:
+                    count = len(self.members[part])
+                    runs = f"{count} run{'s' if count > 1 else ''}"
+                    tell(f"Group {number + 1} of {len(parts)}: {runs}")
+                self._train_group(number, part, stop, tell, bar)
+                trained += 1
+        signal = together.wait_for_all(stop)
+        if signal:
+            raise Interrupted(signal, last_step)
+        return [_read(self._complete(number)) for number in range(len(parts))]
+
+    def _complete(self, number: int) -> Path:
+        return self.folder / "groups" / str(number) / "complete.json"
+
+    def _is_done(self, number: int, part: slice) -> bool:
+        file = self._complete(number)
+        return file.exists() and self.is_intact(self.members[part], _read(file)["result"])
+
+    def _train_group(self, number: int, part: slice, stop, say: Print, bar: Progress) -> None:
+        clock, file = Clock(), self._complete(number)
+        group = Group(
+            [dataclasses.replace(member, clock=clock) for member in self.members[part]],
+            self.plan.programs,
+            say,
+            {name: values[part] for name, values in self.hparams.items()},
+            self.names and self.names[part],
+        )
+        with Loop(group, file.parent, stop, bar) as loop:
+            at = loop.train(loop.begin())
+            say("Testing every run")
+            result = self.work(TrainedGroup(group, at, loop.rows()))
+        result, process = records.to_json(result), hosts.index()
+        write_json(file, {"result": result, "seconds": clock.seconds(), "process": process})
+        (file.parent / "metrics.jsonl").unlink(missing_ok=True)
+        shutil.rmtree(file.parent / "checkpoints", ignore_errors=True)
+
+
 def train_and_test(
     run: Run, plan: Plan, workdir: Path, stop: Callable[[], int | None], say: Print
 ) -> dict:
@@ -94,127 +193,27 @@ def train_and_test(
       Interrupted: stopped by a signal, after saving.
       UserError: a full disk, no good checkpoint among those there, or every run diverged.
     """
-    recipe = run.config.recipe
-    members = [run.with_config(_config_of(run, seed)) for seed in run.config.seeds]
+    configs = [dataclasses.replace(run.config, seed=s, seeds=()) for s in run.config.seeds]
     say(check_first_forward(run, run.create(initial=run.initial)))
-    images = recipe.epochs * len(run.training)
-    with Progress(images * len(members), shown=together.is_leader()) as bar:
-        done = train_groups(
-            members,
-            plan,
-            workdir,
-            functools.partial(write_members, workdir=workdir),
-            functools.partial(_are_written, workdir=workdir),
-            stop,
-            bar.print if say is print else say,
-            bar,
-        )
-    size = _group_size(plan.size, workdir)
-    return together.by_leader(
-        lambda: many_finish.finish(run, members, plan.programs, size, done, workdir, say)
+    groups = Groups(
+        [run.with_config(config) for config in configs],
+        plan,
+        workdir,
+        functools.partial(write_members, workdir=workdir),
+        functools.partial(_are_written, workdir=workdir),
     )
-
-
-def train_groups(
-    members: Sequence[Run],
-    plan: Plan,
-    workdir: Path,
-    work: Callable[[Group, Position], Any],
-    is_intact: Callable[[Sequence[Run], Any], bool],
-    stop: Callable[[], int | None],
-    say: Print,
-    bar: Progress,
-    numbers: Mapping[str, np.ndarray] | None = None,
-    names: Sequence[str] | None = None,
-) -> list[dict]:
-    """Trains runs in groups that fit in memory, one after another; what is done is not done again.
-    Of several processes each takes its share of the groups, and all return together.
-
-    Args:
-      members: the runs, all of the same programs and shapes.
-      workdir: `groups/` in it holds what it takes to go on.
-      work: what is to be done with a trained group; returns something JSON holds.
-      is_intact: whether what `work` did for these runs, and returned, is still there.
-      bar: over the images of all runs.
-      numbers, names: of each run, as `Group` takes them.
-
-    Returns:
-      For each group {"result": what `work` returned, "seconds": {phase: seconds}, "process": the
-      number of the one that trained it}.
-
-    Raises:
-      Interrupted: stopped by a signal, after saving.
-      UserError: a full disk, or no good checkpoint among those there.
-    """
-    size = together.by_leader(lambda: _group_size(plan.size, workdir))
-    recipe, processes, this = members[0].config.recipe, hosts.count(), hosts.index()
-    images = recipe.epochs * len(members[0].training)
-    last_step = recipe.epochs * members[0].steps_per_epoch
-    folders, trained = [], 0
-    for number, first in enumerate(range(0, len(members), size)):
-        part = slice(first, first + size)
-        group, folder = members[part], workdir / "groups" / str(number)
-        folders.append(folder)
-        mine = number % processes == this
-        if not mine or _is_done(folder, group, is_intact):
-            bar.skip(images * len(group))
-            trained += mine
-            continue
-        signal = stop()
-        if signal and trained:
-            raise Interrupted(signal, last_step)
-        if size < len(members):
-            runs = f"{len(group)} run{'s' if len(group) > 1 else ''}"
-            say(f"Group {number + 1} of {-(-len(members) // size)}: {runs}")
-        clock = Clock()
-        group = [dataclasses.replace(member, clock=clock) for member in group]
-        own = {name: values[part] for name, values in (numbers or {}).items()}
-        called = names[part] if names else None
-        with Group(group, plan.programs, folder, stop, say, bar, own, called) as training:
-            at = training.train()
-            say("Testing every run")
-            result = work(training, at)
-        done = {"result": records.to_json(result), "seconds": clock.seconds(), "process": this}
-        write_json(folder / DONE, done)
-        for name in ("metrics.jsonl", "checkpoints"):
-            _remove(folder / name)
-        trained += 1
-    signal = together.wait_for_all(stop)
-    if signal:
-        raise Interrupted(signal, last_step)
-    return [_read(folder / DONE) for folder in folders]
-
-
-def _is_done(folder: Path, group: Sequence[Run], is_intact: Callable) -> bool:
-    return (folder / DONE).exists() and is_intact(group, _read(folder / DONE)["result"])
-
-
-def _config_of(run: Run, seed: int) -> Config:
-    return dataclasses.replace(run.config, seed=seed, seeds=())
+    done = groups.train(stop, say)
+    return together.by_leader(lambda: many_finish.finish(run, groups, done, say))
 
 
 def _read(path: Path) -> dict:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def _remove(path: Path) -> None:
-    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-
-
-def _group_size(size: int, workdir: Path) -> int:
-    """Returns how many runs make a group: as an earlier part of the same command decided."""
-    file = workdir / "groups" / "size.json"
-    if file.exists():
-        return _read(file)["size"]
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_json(file, {"size": size})
-    return size
-
-
-def _are_written(group: Sequence[Run], diverged: Mapping, workdir: Path) -> bool:
+def _are_written(members: Sequence[Run], diverged: Mapping, workdir: Path) -> bool:
     return all(
         (folder_of(workdir, member) / name).exists()
-        for member in group
+        for member in members
         if str(member.config.seed) not in diverged
         for name in ("summary.json", "probabilities.npy")
     )

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from typing import TYPE_CHECKING
 
-from cifar_jax import hosts, published, records, replicas, report
+from cifar_jax import hosts, parallel, published, records, report
 from cifar_jax import spread as spreads
 from cifar_jax.clock import peak_memory
 from cifar_jax.environment import environment
 from cifar_jax.errors import UserError
-from cifar_jax.group import Programs
 from cifar_jax.members import folder_of
 from cifar_jax.run import Run
 from cifar_jax.training import Print
 from cifar_jax.workdir import write_json
 
+if TYPE_CHECKING:
+    from cifar_jax.many import Groups
+
 
 def all_seconds(run: Run, groups: Sequence[Mapping]) -> dict[str, float]:
-    """Returns {phase: seconds} of this process's start and of all groups (`many.train_groups`);
+    """Returns {phase: seconds} of this process's start and of all groups (`many.Groups.train`);
     where several processes trained them, of the one that took longest."""
     seconds, sums = run.clock.seconds(), {}
     for part in groups:
@@ -31,22 +33,13 @@ def all_seconds(run: Run, groups: Sequence[Mapping]) -> dict[str, float]:
     return seconds
 
 
-def finish(
-    run: Run,
-    members: Sequence[Run],
-    programs: Programs,
-    size: int,
-    done: Sequence[Mapping],
-    workdir: Path,
-    say: Print,
-) -> dict:
+def finish(run: Run, groups: Groups, done: Sequence[Mapping], say: Print) -> dict:
     """Adds up what the directories hold, draws, and writes `summary.json` last.
 
     Args:
       run: the first of the runs, as of the start; its config knows all seeds.
-      members: every run.
-      programs, size: of the groups in which they were trained.
-      done: from `many.train_groups`.
+      groups: all of them, trained.
+      done: from `Groups.train`.
 
     Returns:
       What `summary.json` holds.
@@ -54,6 +47,7 @@ def finish(
     Raises:
       UserError: every run diverged, or the disk is full.
     """
+    members, programs, workdir = groups.members, groups.plan.programs, groups.folder
     diverged = {int(seed): step for part in done for seed, step in part["result"].items()}
     seconds = all_seconds(run, done)
     folders = [folder_of(workdir, m) for m in members if m.config.seed not in diverged]
@@ -78,8 +72,8 @@ def finish(
             "form": programs.form,
             "devices": programs.mesh.size * hosts.count(),
             "processes": hosts.count(),
-            "devices_sharing_a_batch": replicas.sharing_a_batch(programs.mesh),
-            "group_size": min(size, len(members)),
+            "devices_sharing_a_batch": parallel.sharing_a_batch(programs.mesh),
+            "group_size": min(groups.size(), len(members)),
             **found,
             "diverged": [{"seed": seed, "step": step} for seed, step in sorted(diverged.items())],
             "published_accuracy": [value / 100 for value in _published(run)],

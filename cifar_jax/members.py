@@ -3,18 +3,40 @@ of its runs."""
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 import numpy as np
 
-from cifar_jax import feed, finish, from_recipe, inference, records, replicas, steps
+from cifar_jax import (
+    feed,
+    finish,
+    from_recipe,
+    inference,
+    parallel,
+    records,
+    replicas,
+    resident,
+    steps,
+    training,
+)
 from cifar_jax.checkpoints import Checkpoints
-from cifar_jax.group import Group, Position
 from cifar_jax.run import Run
+from cifar_jax.runs import Group
+from cifar_jax.training import Position
 from cifar_jax.workdir import write_json
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainedGroup:
+    """A group at the end of its training, with each run's rows as its own log would hold them."""
+
+    group: Group
+    at: Position
+    rows: list[list[dict]]
 
 
 def folder_of(workdir: Path, member: Run) -> Path:
@@ -22,104 +44,93 @@ def folder_of(workdir: Path, member: Run) -> Path:
     return workdir / f"seed-{member.config.seed}"
 
 
-def write_members(training: Group, at: Position, workdir: Path) -> dict[int, int]:
+def write_members(trained: TrainedGroup, workdir: Path) -> dict[int, int]:
     """Tests a trained group and writes the directory of each of its runs.
 
     Returns:
       {seed: last step} of the runs that diverged: they are not tested and get no summary.
     """
-    run, members = training.run, training.members
-    sums, logits, lost = test_group(training, at)
+    group, at = trained.group, trained.at
+    run, members = group.run, group.members
+    sums, logits, lost = test_group(trained)
     names, size = run.dataset.class_names, len(run.dataset.splits["test"].labels)
-    rows = training.rows()
-    arrays = jax.device_put(at.arrays, jax.local_devices()[0])
+    states = {"best": at.arrays.best, "last": at.arrays.state}
+    states = jax.device_put(states, jax.local_devices()[0])
     for i, member in enumerate(members):
         folder = folder_of(workdir, member)
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         write_json(folder / "config.json", member.config.to_dict())
         with records.MetricsLog(folder / "metrics.jsonl") as log:
+            best = at.best_rows[i]
+            saves = {best["epoch"]: "best"} if best else {}
+            if i not in at.diverged:
+                saves.setdefault(member.config.recipe.epochs, "last")
             with run.clock("saving"):
-                _write_checkpoints(folder, member, arrays, i, at, rows[i], log)
+                ends = _write_rows(trained.rows[i], log)
+                with Checkpoints(folder / "checkpoints") as checkpoints:
+                    for epoch, which in sorted(saves.items()):
+                        state = replicas.pick(states[which], np.int32(i))
+                        _save(checkpoints, member, state, epoch, *ends[epoch])
             if i in lost:
                 continue
             own = {name: values[i] for name, values in sums.items()}
             found, probabilities = inference.split_results(own, logits[i], names, size)
             log.append("test", **found)
         np.save(folder / "probabilities.npy", probabilities)
-        together = {
+        how = {
             "runs_trained_together": len(members),
-            "devices_sharing_a_batch": replicas.sharing_a_batch(training.mesh),
+            "devices_sharing_a_batch": parallel.sharing_a_batch(group.mesh),
         }
-        trained = _trained(member, at.best_rows[i]) | together
-        summary = finish.summarize(member, trained, found)
+        summary = finish.summarize(member, training.trained(member, best) | how, found)
         write_json(folder / "summary.json", records.to_json(summary))
     return {members[i].config.seed: step for i, step in lost.items()}
 
 
-def _trained(member: Run, best: Mapping | None) -> dict:
-    """What `training.train` returns of a run."""
-    recipe = member.config.recipe
-    return {
-        "best_epoch": best["epoch"] if best else None,
-        "best_validation_loss": best["validation_loss"] if best else None,
-        "tested_epoch": best["epoch"] if recipe.select_best else recipe.epochs,
-        "epochs": recipe.epochs,
-        "steps": recipe.epochs * member.steps_per_epoch,
-    }
-
-
-def test_group(training: Group, at: Position) -> tuple[dict, np.ndarray, dict[int, int]]:
+def test_group(trained: TrainedGroup) -> tuple[dict, np.ndarray, dict[int, int]]:
     """Tests, of each run of a trained group, the weights that its recipe says.
 
     Returns:
       The sums [R, ...] of `steps.eval_step` and the logits [R, batches, B, C], and of the runs
       that diverged, whose figures mean nothing, {place in the group: last step}.
     """
-    run, mesh = training.run, training.mesh
-    lost, selects = dict(at.diverged), run.config.recipe.select_best
+    group, at = trained.group, trained.at
+    run, mesh, recipe = group.run, group.mesh, group.recipe
+    lost = dict(at.diverged)
     for i, best in enumerate(at.best_rows):
-        if selects and best is None:  # no epoch had a validation loss that was finite
-            lost.setdefault(i, run.config.recipe.epochs * run.steps_per_epoch)
-    state = at.arrays["best" if selects else "state"]
+        if recipe.select_best and best is None:  # no epoch had a validation loss that was finite
+            lost.setdefault(i, recipe.epochs * run.steps_per_epoch)
+    variables = steps.inference_variables(at.arrays.best if recipe.select_best else at.arrays.state)
     split = run.dataset.splits["test"]
     size = len(split.labels)
-    batch = min(run.config.recipe.eval_batch_size, size)
-    order = feed.batches(np.arange(size, dtype=np.int32), batch)
-    variables = steps.inference_variables(state)
+    indices = feed.batches(np.arange(size, dtype=np.int32), min(recipe.eval_batch_size, size))
     count = jax.tree.leaves(variables)[0].shape[0]
-    orders = replicas.split_evenly(np.broadcast_to(order, (count, *order.shape)), mesh)
-    data = feed.on_host(split.images, split.labels)
+    each = replicas.split_evenly(np.broadcast_to(indices, (count, *indices.shape)), mesh)
     with run.clock("test"):
-        sums = training.programs.evaluate((variables, orders), replicas.to_all(data, mesh))
-        images = replicas.to_all(data["image"][np.maximum(order, 0)], mesh)
-        sums, logits = jax.device_get((sums, training.programs.predict(variables, images)))
+        examples = resident.put(split.images, split.labels, mesh)
+        sums = group.programs.evaluate(variables, examples, each)
+        images = resident.replicate(np.asarray(split.images)[np.maximum(indices, 0)], mesh)
+        sums, logits = jax.device_get((sums, group.programs.predict(variables, images)))
     return sums, logits, lost
 
 
-def _write_checkpoints(
-    folder: Path, member: Run, arrays: dict, i: int, at: Position, rows: Sequence[dict], log
-) -> None:
-    """Writes a run's rows and, as of the moments between them, its best and newest checkpoint."""
-    best, ends = at.best_rows[i], {}
+def _write_rows(rows: Sequence[dict], log: records.MetricsLog) -> dict[int, tuple]:
+    """Returns {epoch: (the log's length after its row, its validation loss)}."""
+    ends = {}
     for row in rows:
         log.append(**row)
         if row["kind"] == "epoch":
             ends[row["epoch"]] = (log.offset(), row.get("validation_loss"))
     log.sync()
-    saves = {best["epoch"]: "best"} if best else {}
-    if i not in at.diverged:
-        saves.setdefault(member.config.recipe.epochs, "state")
-    record = {name: np.zeros(member.steps_per_epoch, np.float32) for name in arrays["record"]}
-    with Checkpoints(folder / "checkpoints") as checkpoints:
-        for epoch, which in sorted(saves.items()):
-            offset, metric = ends[epoch]
-            state = replicas.pick(arrays[which], np.int32(i))
-            extra = {
-                "epoch": epoch + 1,
-                "step": 0,
-                "metrics_offset": offset,
-                "seconds": member.clock.seconds(),
-            }
-            payload = from_recipe.payload(state, record)
-            checkpoints.save(epoch * member.steps_per_epoch, payload, extra, metric=metric)
+    return ends
+
+
+def _save(
+    checkpoints: Checkpoints, member: Run, state, epoch: int, offset: int, metric: float | None
+) -> None:
+    """Saves a run's state as of the end of an epoch."""
+    metrics = parallel.empty_metrics(member.steps_per_epoch)
+    seconds = member.clock.seconds()
+    extra = {"epoch": epoch + 1, "step": 0, "metrics_offset": offset, "seconds": seconds}
+    payload = from_recipe.payload(state, metrics)
+    checkpoints.save(epoch * member.steps_per_epoch, payload, extra, metric=metric)

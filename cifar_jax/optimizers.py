@@ -78,7 +78,7 @@ TRACED = ("learning_rate", "momentum", "weight_decay", "clip_norm")
 
 
 def make_optimizer(
-    recipe: Recipe, steps_per_epoch: int, numbers: Mapping[str, jax.Array] | None = None
+    recipe: Recipe, steps_per_epoch: int, hparams: Mapping[str, jax.Array] | None = None
 ) -> optax.GradientTransformation:
     """Returns clip -> (coupled decay) -> rule -> (decoupled decay) -> -learning rate
     -> (factors of layers with a rate of their own).
@@ -88,10 +88,10 @@ def make_optimizer(
     one (`models/fold.py`); `init` raises `UserError` for Adam with coupled decay, which cannot.
 
     Args:
-      numbers: float32 scalars, traced perhaps, in place of the recipe's own `TRACED` numbers. The
+      hparams: float32 scalars, traced perhaps, in place of the recipe's own `TRACED` numbers. The
         recipe then says which parts there are: one that it has switched off by 0 stays so.
     """
-    parts, given = [], dict(numbers or {})
+    parts, given = [], dict(hparams or {})
     clip_norm, weight_decay, momentum = (
         given.get(name, getattr(recipe, name)) for name in ("clip_norm", "weight_decay", "momentum")
     )

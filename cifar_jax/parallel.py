@@ -1,13 +1,13 @@
 """Where steps become programs: jit and shardings over devices, and nothing else.
 
-A training program runs many steps of an epoch in one dispatch and writes each step's sums to a
-record that stays on the device until it is asked for.
+A training program runs many steps of an epoch in one dispatch and writes each step's sums to
+arrays that stay on the device until they are asked for.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -18,11 +18,12 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from cifar_jax import resident
-from cifar_jax.feed import take_batch
 from cifar_jax.hardware import AXIS, CPU_DEVICE_WEIGHTS, everywhere
+from cifar_jax.resident import Examples
 from cifar_jax.steps import parameter_count
 
-RECORD_FIELDS = ("loss", "correct", "count")
+METRICS = ("loss", "correct", "count")
+WHOLE = P()
 
 
 def pad_to_divide(x: jax.Array, devices: int, fill: int, axis: int = 1) -> jax.Array:
@@ -35,31 +36,50 @@ def pad_to_divide(x: jax.Array, devices: int, fill: int, axis: int = 1) -> jax.A
     return jnp.pad(x, padding, constant_values=fill)
 
 
-def empty_record(steps: int) -> dict[str, jax.Array]:
-    """Returns an epoch's record before its first step: float32 [steps] for each sum."""
-    return {name: jnp.zeros((steps,), jnp.float32) for name in RECORD_FIELDS}
+def empty_metrics(*shape: int) -> dict[str, jax.Array]:
+    """Returns step metrics before the first step: float32 `shape` (steps last) for each sum."""
+    return {name: jnp.zeros(shape, jnp.float32) for name in METRICS}
+
+
+def measured_step(
+    step: Callable, state, step_metrics, examples: Examples, row: jax.Array, at: jax.Array
+):
+    """Returns the state after a step on the examples at `row` [B], and the step metrics with its
+    sums at place `at`."""
+    state, sums = step(state, examples.take(row))
+    return state, {name: step_metrics[name].at[at].set(sums[name]) for name in step_metrics}
 
 
 def train_many(
-    step: Callable, state, record, data, order, row, start, length, take: Callable = take_batch
-):
-    """Runs `length` steps: rows row, row + 1, ... of `order` are steps start, start + 1, ... of
-    the epoch. Returns the state and the record with those steps' sums.
+    step: Callable,
+    changing: tuple,
+    hparams: Mapping[str, Any],
+    examples: Examples,
+    batch_indices: jax.Array,
+    row: jax.Array,
+    start: jax.Array,
+    length: jax.Array | int,
+) -> tuple:
+    """Runs `length` steps: rows row, row + 1, ... of the batch indices are steps start, start + 1,
+    ... of the epoch.
 
     Pure and undecorated. `length` may be traced: the loop is then one program for any length,
     which costs nothing on a CPU; a GPU wants it static, or it waits for the host each step.
+
+    Args:
+      changing: (state, step metrics).
+      hparams: keyword arguments of `step`.
+      batch_indices: int32 [batches, B].
+
+    Returns:
+      The state after the steps and the step metrics with their sums.
     """
+    step = functools.partial(step, **hparams)
 
     def body(i, carry):
-        return recorded_step(step, *carry, data, order, row + i, start + i, take)
+        return measured_step(step, *carry, examples, batch_indices[row + i], start + i)
 
-    return lax.fori_loop(0, length, body, (state, record))
-
-
-def recorded_step(step: Callable, state, record, data, order, row, at, take=take_batch):
-    """One step of `train_many`: row `row` of the order, its sums at place `at` of the record."""
-    state, sums = step(state, take(data, order[row]))
-    return state, {name: record[name].at[at].set(sums[name]) for name in record}
+    return lax.fori_loop(0, length, body, changing)
 
 
 class Chunks:
@@ -97,27 +117,27 @@ class Chunks:
 # so that their weights are not read too often.
 CPU_EVAL_TILE, CPU_EVAL_TILE_LARGE = 16, 64
 
-# A CPU computes a step in pieces (`accumulate`), for the same reason. Large batches, pieces of so
-# many images, in turn against none (tutorial_cnn: against two): 512 on two devices tutorial_cnn
+# A CPU computes a step in microbatches (`accumulate`), for the same reason. Large batches, so many
+# images each, in turn against none (tutorial_cnn: against two): 512 on two devices tutorial_cnn
 # 1.22x, dropout_cnn 1.7x, deep_cnn 2.1x; on one 0.92x, 1.3x, -. Networks of more than
 # `CPU_DEVICE_WEIGHTS` would spend on adding up gradients what that saves.
-CPU_PIECES_FROM, CPU_PIECE_IMAGES = 256, 32
+CPU_MICROBATCHES_FROM, CPU_MICROBATCH_IMAGES = 256, 32
 
-# Smaller ones in two pieces from so many images a device on, for networks of at most so many
+# Smaller ones in two from so many images a device on, for networks of at most so many
 # weights: tutorial_cnn 1.12 to 1.17x at 64 images on each of two devices, 1.04x at 128 on one.
-# dropout_cnn would lose (0.96x; 0.92x in four pieces on one).
-CPU_TWO_PIECES_FROM, CPU_TWO_PIECES_WEIGHTS = 64, 100_000
+# dropout_cnn would lose (0.96x; 0.92x in four on one).
+CPU_TWO_FROM, CPU_TWO_WEIGHTS = 64, 100_000
 
 
-def pieces(images: int, state) -> int:
-    """Returns into how many pieces a step of `images` on a device is cut where the recipe does
-    not say: by the measurements above; 1 wherever it would be another step."""
+def microbatches(images: int, state) -> int:
+    """Returns into how many microbatches a step of `images` on a device is cut where the recipe
+    does not say: by the measurements above; 1 wherever it would be another step."""
     if jax.default_backend() != "cpu" or jax.tree.leaves(state.batch_stats):
         return 1
     weights = parameter_count(state.params)
-    if images >= CPU_PIECES_FROM and weights <= CPU_DEVICE_WEIGHTS:
-        return images // CPU_PIECE_IMAGES
-    return 2 if images >= CPU_TWO_PIECES_FROM and weights <= CPU_TWO_PIECES_WEIGHTS else 1
+    if images >= CPU_MICROBATCHES_FROM and weights <= CPU_DEVICE_WEIGHTS:
+        return images // CPU_MICROBATCH_IMAGES
+    return 2 if images >= CPU_TWO_FROM and weights <= CPU_TWO_WEIGHTS else 1
 
 
 def tiles(batches: jax.Array, variables, fill: int = -1) -> jax.Array:
@@ -133,16 +153,16 @@ def tiles(batches: jax.Array, variables, fill: int = -1) -> jax.Array:
     return padded.reshape(-1, size, *batches.shape[2:])
 
 
-def evaluate_many(step: Callable, variables, data, order, take: Callable = take_batch):
-    """Adds up `step`'s sums over all batches of an order [batches, batch]."""
-    order = tiles(order, variables)
+def evaluate_many(step: Callable, variables, examples: Examples, batch_indices: jax.Array):
+    """Adds up `step`'s sums over all batches of batch indices [batches, B]."""
+    batch_indices = tiles(batch_indices, variables)
 
     def body(sums, row):
-        return jax.tree.map(jnp.add, sums, step(variables, take(data, row))), None
+        return jax.tree.map(jnp.add, sums, step(variables, examples.take(row))), None
 
-    shapes = jax.eval_shape(lambda: step(variables, take(data, order[0])))
+    shapes = jax.eval_shape(lambda: step(variables, examples.take(batch_indices[0])))
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    return lax.scan(body, zeros, order)[0]
+    return lax.scan(body, zeros, batch_indices)[0]
 
 
 def predict_many(step: Callable, variables, images):
@@ -166,11 +186,19 @@ def compiler_options(remat: bool = False) -> dict[str, Any]:
     return options
 
 
-_HELD = {"whole": P(), "split": P(AXIS), "own": P(AXIS)}  # see `resident.held`
+def sharing_a_batch(mesh: Mesh | None) -> int:
+    """Returns over how many devices a batch is split."""
+    return 1 if mesh is None else mesh.shape[AXIS]
 
 
-def _take(held: str) -> dict[str, Callable]:
-    return {"take": functools.partial(resident.take_split, axis=AXIS)} if held == "split" else {}
+def over_devices(
+    function: Callable, mesh: Mesh | None, in_specs: Any, out_specs: Any, *, check: bool = True
+) -> Callable:
+    """Returns `function` split over a mesh's devices, as it is where there is no mesh."""
+    if mesh is None:
+        return function
+    specs = {"in_specs": in_specs, "out_specs": out_specs}
+    return jax.shard_map(function, mesh=mesh, check_vma=check, **specs)
 
 
 def compile_training(
@@ -178,96 +206,98 @@ def compile_training(
     static_length: bool | None = None,
     mesh: Mesh | None = None,
     remat: bool = False,
+    *,
+    train: Callable = train_many,
+    own: P = WHOLE,
 ) -> Callable:
-    """Returns `run(state, record, data, order, row, start, length) -> (state, record)`, jitted.
+    """Returns `run(changing, examples, batch_indices, row, start, length, hparams={}) -> changing`,
+    jitted.
 
-    Arguments as in `train_many`; state and record are donated. Any row, start and length share
-    one compiled program on a CPU; elsewhere there is one for each length.
+    Arguments as in `train_many`; `changing` is donated. Any row, start and length share one
+    compiled program on a CPU; elsewhere there is one for each length.
 
     Args:
-      step: takes `axis_name` if there is a mesh.
+      step: takes `axis_name` where devices share a batch.
       mesh: from `hardware.data_mesh`; each device then computes its part of every batch, and a
         batch that does not divide is padded and masked. Results differ in the order of sums only.
-        `data` may then also be from `resident.put_split` or `put_own`.
+        The arguments lie on it already (`cifar_jax.resident`): from elsewhere they would make a
+        second program.
+      train, own: `train_many`, and how what a run has of its own is split over the mesh.
     """
     if static_length is None:
         static_length = jax.default_backend() != "cpu"
-    static = ("held", "length") if static_length else ("held",)
+    if sharing_a_batch(mesh) > 1:
+        step = functools.partial(step, axis_name=AXIS)
+    train = functools.partial(train, step)
 
-    def run(state, record, data, order, row, start, length, held):
-        if mesh is None:
-            return train_many(step, state, record, data, order, row, start, length)
-        each = functools.partial(step, axis_name=AXIS)
-        part = functools.partial(train_many, each, **_take(held))
-        if static_length:  # the length is no array
-            part = functools.partial(part, length=length)
-        scalars = (row, start) if static_length else (row, start, length)
-        mapped = jax.shard_map(
-            part,
-            mesh=mesh,
-            in_specs=(P(), P(), _HELD[held], P(None, AXIS), *[P()] * len(scalars)),
-            out_specs=(P(), P()),
-        )
-        return mapped(state, record, data, pad_to_divide(order, mesh.size, -1), *scalars)
+    def program(changing, hparams, examples, batch_indices, row, start, length):
+        batch_indices = pad_to_divide(batch_indices, sharing_a_batch(mesh), -1, axis=-1)
+        arrays = (changing, hparams, examples, batch_indices, row, start)
+        specs = (own, own, examples.spec, P(*own, None, AXIS), P(), P())
+        if static_length:
+            steps = functools.partial(train, length=length)
+        else:
+            steps, arrays, specs = train, (*arrays, length), (*specs, P())
+        # Over runs nothing is summed, and what a step sums over its batch's devices is equal on
+        # all of them: no check of that.
+        return over_devices(steps, mesh, specs, own, check=own == WHOLE)(*arrays)
 
-    options = {"compiler_options": compiler_options(remat), "static_argnames": static}
-    jitted = jax.jit(run, donate_argnums=(0, 1), **options)
+    static = {"static_argnames": ("length",)} if static_length else {}
+    jitted = jax.jit(program, donate_argnums=0, compiler_options=compiler_options(remat), **static)
 
-    def call(state, record, data, order, row: int, start: int, length: int):
-        held = resident.held(data, order)
-        if mesh is not None:  # a state that is not on the mesh yet would be a second program
-            state, record = resident.put_whole((state, record), mesh)
-            order = order if held == "own" else resident.put_whole(order, mesh)
-            data = resident.put_whole(data, mesh) if held == "whole" else data
+    def run(changing, examples, batch_indices, row: int, start: int, length: int, hparams=None):
         length = int(length) if static_length else np.int32(length)
-        rows = (np.int32(row), np.int32(start))
-        return jitted(state, record, data, order, *rows, length=length, held=held)
+        places = (np.int32(row), np.int32(start))
+        return jitted(changing, hparams or {}, examples, batch_indices, *places, length=length)
 
-    call.jitted = jitted
-    return call
+    run.jitted = jitted
+    return run
 
 
-def compile_evaluation(step: Callable, mesh: Mesh | None = None) -> Callable:
-    """Returns `evaluate(variables, data, order) -> sums`, jitted; `mesh` as in
+def compile_evaluation(
+    step: Callable,
+    mesh: Mesh | None = None,
+    *,
+    evaluate: Callable = evaluate_many,
+    own: P = WHOLE,
+) -> Callable:
+    """Returns `run(variables, examples, batch_indices) -> sums`, jitted; arguments as in
     `compile_training`, each device adding up its part of the batches."""
 
-    def part(variables, data, order, **how):
-        return lax.psum(evaluate_many(step, variables, data, order, **how), AXIS)
+    def sums_of(variables, examples, batch_indices):
+        sums = evaluate(step, variables, examples, batch_indices)
+        return lax.psum(sums, AXIS) if sharing_a_batch(mesh) > 1 else sums
 
-    def run(variables, data, order, held):
-        if mesh is None:
-            return evaluate_many(step, variables, data, order)
-        specs = {"in_specs": (P(), _HELD[held], P(None, AXIS)), "out_specs": P()}
+    def program(variables, examples, batch_indices):
+        batch_indices = pad_to_divide(batch_indices, sharing_a_batch(mesh), -1, axis=-1)
+        specs = (own, examples.spec, P(*own, None, AXIS))
         # The scan's zeros are equal on every device, its sums are not: no check of that.
-        mapped = functools.partial(part, **_take(held))
-        mapped = jax.shard_map(mapped, mesh=mesh, check_vma=False, **specs)
-        return mapped(variables, data, pad_to_divide(order, mesh.size, -1))
+        summed = over_devices(sums_of, mesh, specs, own, check=False)
+        return summed(variables, examples, batch_indices)
 
-    options = {"compiler_options": compiler_options(), "static_argnames": ("held",)}
-    jitted = jax.jit(run, **options)
-
-    def call(variables, data, order):
-        held = resident.held(data, order)
-        return jitted(*resident.spread((variables, data, order), mesh), held=held)
-
-    return call
+    jitted = jax.jit(program, compiler_options=compiler_options())
+    return lambda *arrays: jitted(*_to_processes(arrays, mesh))
 
 
 def compile_prediction(step: Callable, mesh: Mesh | None = None) -> Callable:
-    """Returns `predict(variables, images [batches, B, H, W, C]) -> logits`, jitted; `mesh` as in
+    """Returns `run(variables, images [batches, B, H, W, C]) -> logits`, jitted; `mesh` as in
     `compile_training`."""
 
-    def run(variables, images):
-        if mesh is None:
-            return predict_many(step, variables, images)
-        specs = {"in_specs": (P(), P(None, AXIS)), "out_specs": P(None, AXIS)}
-        split = jax.shard_map(functools.partial(predict_many, step), mesh=mesh, **specs)
-        return split(variables, pad_to_divide(images, mesh.size, 0))[:, : images.shape[1]]
+    def program(variables, images):
+        predict = functools.partial(predict_many, step)
+        predict = over_devices(predict, mesh, (WHOLE, P(None, AXIS)), P(None, AXIS))
+        logits = predict(variables, pad_to_divide(images, sharing_a_batch(mesh), 0))
+        return logits[:, : images.shape[1]]
 
     # Each process reads all logits, and computes only a part of them.
     whole = everywhere(mesh) if mesh is not None and mesh.is_multi_process else None
-    jitted = jax.jit(run, compiler_options=compiler_options(), out_shardings=whole)
-    return lambda variables, images: jitted(*resident.spread((variables, images), mesh))
+    jitted = jax.jit(program, compiler_options=compiler_options(), out_shardings=whole)
+    return lambda *arrays: jitted(*_to_processes(arrays, mesh))
+
+
+def _to_processes(tree: Any, mesh: Mesh | None) -> Any:
+    """Puts arrays on a mesh over several processes; on one of this process jit puts them."""
+    return resident.replicate(tree, mesh) if mesh is not None and mesh.is_multi_process else tree
 
 
 # Above so many numbers drawn, a CPU gains more from an optimised program than compiling it costs.

@@ -1,7 +1,7 @@
 """Many runs as one program: the steps of a single run over a leading replica axis.
 
-A replica is a whole run: its own state, order of images, record and, in a sweep, numbers of the
-recipe. Every array of its own has the replica axis in front, [R, ...]; the data set is shared.
+A replica is a whole run: its own state, batch indices, step metrics and, in a sweep, `hparams` of
+the step. Every array of its own has the replica axis in front, [R, ...]; the data set is shared.
 The axis is split over devices, and within a device it takes one of two forms:
 
 - `map`: one replica after another, its steps innermost: the arithmetic of a single run, but for
@@ -17,6 +17,7 @@ replica sees anything of it.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -28,8 +29,9 @@ from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from cifar_jax import hardware, parallel
+from cifar_jax import checks, from_recipe, hardware, parallel
 from cifar_jax.errors import UserError, nearest
+from cifar_jax.run import Run
 
 AXIS = "replica"
 FORMS = ("auto", "map", "vmap")
@@ -85,21 +87,17 @@ def replica_mesh(asked: str, replicas: int, batch_size: int = 1, weights: int = 
     return Mesh(chosen, (AXIS, parallel.AXIS), axis_types=(AxisType.Auto,) * 2)
 
 
-def sharing_a_batch(mesh: Mesh) -> int:
-    """Returns over how many devices a replica's batches are split."""
-    return mesh.shape[parallel.AXIS]
-
-
 def describe_mesh(mesh: Mesh) -> str:
     """Returns e.g. `on 4 devices, 2 to share each batch`."""
     text = f"on {mesh.size} device{'s' if mesh.size > 1 else ''}"
-    shared = sharing_a_batch(mesh)
+    shared = parallel.sharing_a_batch(mesh)
     return f"{text}, {shared} to share each batch" if shared > 1 else text
 
 
 def stack(trees: list) -> Any:
     """Returns one tree of arrays [R, ...] of R trees of arrays [...]."""
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+    on_host = all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(trees))
+    return jax.tree.map(lambda *leaves: (np if on_host else jnp).stack(leaves), *trees)
 
 
 def split_evenly(tree: Any, mesh: Mesh) -> Any:
@@ -116,11 +114,6 @@ def split_evenly(tree: Any, mesh: Mesh) -> Any:
     return jax.device_put(jax.tree.map(pad, tree), NamedSharding(mesh, P(AXIS)))
 
 
-def to_all(tree: Any, mesh: Mesh) -> Any:
-    """Puts what the replicas share on every device of the mesh."""
-    return jax.device_put(tree, NamedSharding(mesh, P()))
-
-
 @jax.jit
 def pick(tree: Any, index: jax.Array) -> Any:
     """Returns replica `index`, an int32 scalar, of a tree of arrays [R, ...]."""
@@ -130,153 +123,135 @@ def pick(tree: Any, index: jax.Array) -> Any:
 @functools.partial(jax.jit, donate_argnums=2)
 def keep(chosen: jax.Array, new: Any, old: Any) -> Any:
     """Returns, replica by replica, `new` where `chosen`, bool [R], holds, else `old` (donated)."""
-    return jax.vmap(lambda c, *trees: _where(c, *trees))(chosen, new, old)
+    return jax.vmap(_where)(chosen, new, old)
 
 
-@jax.jit
-def all_finite(params: Any) -> jax.Array:
-    """Returns bool [R]: whether every number of a replica's parameters is finite."""
-    per_leaf = [
-        jnp.isfinite(x).reshape(x.shape[0], -1).all(axis=1) for x in jax.tree.leaves(params)
-    ]
-    return jnp.stack(per_leaf).all(axis=0)
+# bool [R]: whether every number of a replica's parameters is finite.
+all_finite = jax.jit(jax.vmap(checks.all_finite))
 
 
 def _where(condition, new, old):
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)
 
 
-def train_until_diverged(step: Callable, own, data, row, start, length):
+def train_until_diverged(
+    step: Callable, changing, hparams, examples, batch_indices, row, start, length
+):
     """`parallel.train_many` of one replica, ended early after a step whose loss is not finite.
 
     Args:
-      own: (state, record, alive, order, numbers): `alive` is a bool scalar, False for a replica
-        that takes no step; `numbers` are keyword arguments of `step`.
+      changing: (state, step metrics, alive): `alive` is a bool scalar, False for a replica that
+        takes no step.
 
     Returns:
-      state, record, alive.
+      changing.
     """
-    state, record, alive, order, numbers = own
-    step = functools.partial(step, **numbers)
+    step = functools.partial(step, **hparams)
 
     def body(carry):
-        i, state, record, _ = carry
-        state, record = parallel.recorded_step(step, state, record, data, order, row + i, start + i)
-        return i + 1, state, record, jnp.isfinite(record["loss"][start + i])
+        i, (state, metrics, _) = carry
+        batch = batch_indices[row + i]
+        state, metrics = parallel.measured_step(step, state, metrics, examples, batch, start + i)
+        return i + 1, (state, metrics, jnp.isfinite(metrics["loss"][start + i]))
 
-    first = (jnp.zeros((), jnp.int32), state, record, alive)
-    return lax.while_loop(lambda carry: (carry[0] < length) & carry[3], body, first)[1:]
+    def goes_on(carry):
+        i, (_, _, alive) = carry
+        return (i < length) & alive
+
+    return lax.while_loop(goes_on, body, (jnp.zeros((), jnp.int32), changing))[1]
 
 
-def train_or_stand_still(step: Callable, own, data, row, start, length):
+def train_or_stand_still(
+    step: Callable, changing, hparams, examples, batch_indices, row, start, length
+):
     """As `train_until_diverged`, with the same results, for `vmap`: the replicas take their steps
     together, and one that has diverged is left as it is."""
-    state, record, alive, order, numbers = own
-    step = functools.partial(step, **numbers)
+    step = functools.partial(step, **hparams)
 
     def body(i, carry):
-        state, record, alive = carry
-        new = parallel.recorded_step(step, state, record, data, order, row + i, start + i)
-        state, record = _where(alive, new, (state, record))
-        return state, record, alive & jnp.isfinite(record["loss"][start + i])
+        state, metrics, alive = carry
+        batch = batch_indices[row + i]
+        new = parallel.measured_step(step, state, metrics, examples, batch, start + i)
+        state, metrics = _where(alive, new, (state, metrics))
+        return state, metrics, alive & jnp.isfinite(metrics["loss"][start + i])
 
-    return lax.fori_loop(0, length, body, (state, record, alive))
-
-
-def over_replicas(function: Callable, form: str) -> Callable:
-    """Returns function(own, *shared) over the leading axis of `own`, in the form asked for."""
-
-    def call(own, *shared):
-        one = functools.partial(_swapped, function, shared)
-        return lax.map(one, own) if form == "map" else jax.vmap(one)(own)
-
-    return call
+    return lax.fori_loop(0, length, body, changing)
 
 
-def _swapped(function, shared, own):
-    return function(own, *shared)
+def train_replicas(
+    form: str, step, changing, hparams, examples, batch_indices, row, start, length
+) -> tuple:
+    """Every replica's chunk, in the form asked for."""
+    train = {"map": train_until_diverged, "vmap": train_or_stand_still}[form]
+
+    def one(own):
+        changing, hparams, batch_indices = own
+        return train(step, changing, hparams, examples, batch_indices, row, start, length)
+
+    own = (changing, hparams, batch_indices)
+    return lax.map(one, own) if form == "map" else jax.vmap(one)(own)
 
 
-_ORDER = P(AXIS, None, parallel.AXIS)  # [R, batches, batch]
-
-
-def _split(function: Callable, mesh: Mesh, own: Any) -> Callable:
-    """Splits the first argument, as the specs `own` say, over the mesh."""
-
-    def call(first, *shared):
-        specs = (own, *[P()] * len(shared))
-        # Without the check of varying axes: nothing is summed over replicas, and what a step sums
-        # over its batch's devices is equal on all of them.
-        split = jax.shard_map(
-            function, mesh=mesh, in_specs=specs, out_specs=P(AXIS), check_vma=False
-        )
-        return split(first, *shared)
-
-    return call
+def evaluate_in_turn(step: Callable, variables, examples, batch_indices):
+    """`parallel.evaluate_many` of one replica after another: a batch fills a device by itself."""
+    return lax.map(
+        lambda own: parallel.evaluate_many(step, own[0], examples, own[1]),
+        (variables, batch_indices),
+    )
 
 
 def compile_training(
     step: Callable, form: str, mesh: Mesh, remat: bool = False, static_length: bool | None = None
 ) -> Callable:
-    """Returns `run(own, data, row, start, length) -> (state, record, alive)`, jitted.
-
-    Arguments as in `train_until_diverged`, but those of `own` have a replica axis that divides by
-    the mesh (`split_evenly`), and its state and record are donated. Lengths as in
-    `parallel.compile_training`. `step` takes `axis_name` where devices share a batch.
-    """
-    if static_length is None:
-        static_length = jax.default_backend() != "cpu"
-    one = train_until_diverged if form == "map" else train_or_stand_still
-    if sharing_a_batch(mesh) > 1:
-        step = functools.partial(step, axis_name=parallel.AXIS)
-    one = functools.partial(one, step)
-    own = (P(AXIS), P(AXIS), P(AXIS), _ORDER, P(AXIS))
-
-    def run(changing, order, numbers, data, row, start, length):
-        scalars = (row, start)
-        if static_length:
-            part = functools.partial(one, length=length)
-        else:
-            part, scalars = one, (row, start, length)
-        split = _split(over_replicas(part, form), mesh, own)
-        order = parallel.pad_to_divide(order, sharing_a_batch(mesh), -1, axis=2)
-        return split((*changing, order, numbers), data, *scalars)
-
-    static = {"static_argnames": ("length",)} if static_length else {}
-    options = parallel.compiler_options(remat)
-    jitted = jax.jit(run, donate_argnums=0, compiler_options=options, **static)
-
-    def call(own, data, row: int, start: int, length: int):
-        length = int(length) if static_length else np.int32(length)
-        return jitted(own[:3], *own[3:], data, np.int32(row), np.int32(start), length=length)
-
-    call.jitted = jitted
-    return call
+    """Returns `parallel.compile_training`'s program with a replica axis that divides by the mesh
+    (`split_evenly`) in front of the batch indices, `hparams` and `changing`: (state, step metrics,
+    alive), as in `train_until_diverged`."""
+    train = functools.partial(train_replicas, form)
+    return parallel.compile_training(step, static_length, mesh, remat, train=train, own=P(AXIS))
 
 
 def compile_evaluation(step: Callable, mesh: Mesh) -> Callable:
-    """Returns `evaluate((variables, order), data) -> sums`, jitted: each replica's own variables
-    over its own order [R, batches, batch]. A batch fills a device by itself, so replicas are
-    evaluated one after another on every backend."""
-
-    def one(own, data):
-        variables, order = own
-        sums = parallel.evaluate_many(step, variables, data, order)
-        return lax.psum(sums, parallel.AXIS) if sharing_a_batch(mesh) > 1 else sums
-
-    split = _split(over_replicas(one, "map"), mesh, (P(AXIS), _ORDER))
-
-    def run(own, data):
-        variables, order = own
-        return split(
-            (variables, parallel.pad_to_divide(order, sharing_a_batch(mesh), -1, axis=2)), data
-        )
-
-    return jax.jit(run, compiler_options=parallel.compiler_options())
+    """Returns `parallel.compile_evaluation`'s program of each replica's own variables over its own
+    batch indices [R, batches, B]."""
+    return parallel.compile_evaluation(step, mesh, evaluate=evaluate_in_turn, own=P(AXIS))
 
 
 def compile_prediction(step: Callable, mesh: Mesh) -> Callable:
     """Returns `predict(variables, images [batches, B, H, W, C]) -> [R, batches, B, classes]`."""
-    one = functools.partial(parallel.predict_many, step)
-    split = _split(over_replicas(one, "map"), mesh, P(AXIS))
+
+    def predict(variables, images):
+        return lax.map(lambda own: parallel.predict_many(step, own, images), variables)
+
+    split = parallel.over_devices(predict, mesh, (P(AXIS), P()), P(AXIS), check=False)
     return jax.jit(split, compiler_options=parallel.compiler_options())
+
+
+@dataclasses.dataclass(frozen=True)
+class Programs:
+    """The compiled programs of groups of one recipe, for any number of replicas."""
+
+    form: str
+    mesh: Mesh
+    train: Callable
+    evaluate: Callable
+    predict: Callable
+
+
+def make_programs(run: Run, form: str, mesh: Mesh, step: Callable | None = None) -> Programs:
+    """Builds the programs; nothing is compiled yet.
+
+    Args:
+      run: any of the runs.
+      form: `map` or `vmap` (`choose_form`).
+      step: `step(state, batch, **hparams)`; by default the recipe's, without hparams.
+    """
+    recipe = run.config.recipe
+    step = step or from_recipe.step_of(recipe, run.model, run.steps_per_epoch)
+    evaluate, predict = from_recipe.inference_steps(recipe, run.model)
+    return Programs(
+        form=form,
+        mesh=mesh,
+        train=compile_training(step, form, mesh, recipe.remat),
+        evaluate=compile_evaluation(evaluate, mesh),
+        predict=compile_prediction(predict, mesh),
+    )

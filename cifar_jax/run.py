@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -25,6 +24,7 @@ from cifar_jax.clock import Clock
 from cifar_jax.datasets import Dataset
 from cifar_jax.errors import lookup
 from cifar_jax.models import model_of
+from cifar_jax.resident import Placement
 from cifar_jax.workdir import Config
 
 
@@ -54,7 +54,7 @@ class Run:
     """A run's constant parts: what `train`'s phases share.
 
     `shapes` is the state's, abstract, and `draw(key, **options)` makes a first one; `place` says
-    where the training images lie (`resident.PLACES`), and `notices` what there is to say of that.
+    where the training images lie, and `notices` what there is to say of that.
     """
 
     config: Config
@@ -67,7 +67,7 @@ class Run:
     keys: dict[str, jax.Array]
     shapes: steps.TrainState
     mesh: Mesh | None
-    place: str
+    place: Placement
     notices: list[str]
     draw: Callable[..., steps.TrainState]
     train_many: Callable
@@ -99,7 +99,7 @@ class Run:
     @property
     def devices(self) -> int:
         """How many devices share a training batch."""
-        return 1 if self.mesh is None else self.mesh.size
+        return parallel.sharing_a_batch(self.mesh)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -131,12 +131,12 @@ def make_run(config: Config, dataset: Dataset, options: Options, clock: Clock) -
         for batch_size in (recipe.batch_size, recipe.eval_batch_size)
     )
     eval_mesh = mesh or eval_mesh  # weights that are on a mesh stay there
-    place, said = options.feed, None
-    if place == "resident":
+    place, said = Placement(options.feed), None
+    if place is Placement.RESIDENT:
         size = dataset.splits["train"].images.nbytes
-        devices = 1 if mesh is None else mesh.size
+        devices = parallel.sharing_a_batch(mesh)
         place, said = resident.place_for(size, devices, resident.device_memory())
-    inference = {"model": model, "preprocess": from_recipe.preprocess_of(recipe)}
+    evaluate, predict = from_recipe.inference_steps(recipe, model)
     return Run(
         config=config,
         dataset=dataset,
@@ -152,12 +152,8 @@ def make_run(config: Config, dataset: Dataset, options: Options, clock: Clock) -
         notices=[said] if said else [],
         draw=parallel.compile_for_one_call(create, weights),
         train_many=parallel.compile_training(step, mesh=mesh, remat=recipe.remat),
-        evaluate=parallel.compile_evaluation(
-            functools.partial(steps.eval_step, **inference), eval_mesh
-        ),
-        predict=parallel.compile_prediction(
-            functools.partial(steps.predict_step, **inference), eval_mesh
-        ),
+        evaluate=parallel.compile_evaluation(evaluate, eval_mesh),
+        predict=parallel.compile_prediction(predict, eval_mesh),
     )
 
 

@@ -81,6 +81,26 @@ def stop_requests() -> Iterator:
             signal.signal(number, old)
 
 
+@contextmanager
+def interruptible(command: str, words: Sequence[str], say) -> Iterator:
+    """`stop_requests` around training: where that is interrupted, says how to go on and exits.
+
+    Args:
+      command, words: what goes on, as a module's name and its arguments.
+    """
+    from cifar_jax.training import Interrupted
+
+    with stop_requests() as stop:
+        try:
+            yield stop
+        except Interrupted as interrupted:
+            number, step = interrupted.args
+            again = shlex.join([word for word in words if word != "--overwrite"])
+            say(f"Stopped by {signal.Signals(number).name} after step {step}; all is saved.")
+            say(f"Go on with: python -m {command} {again}")
+            raise SystemExit(128 + number) from None
+
+
 def _load(options, recipe, say):
     try:
         return cli.load_data(options, recipe.dataset), recipe
@@ -185,17 +205,10 @@ def _main(options, recipe_name, recipe, words: Sequence[str], say) -> dict:
             return summary
         for line in opening if together.is_leader() else ():
             say(line)
-        with stop_requests() as stop:
-            try:
-                if seeds:
-                    return many.train_and_test(run, plan, workdir, together.relayed(stop), say)
-                state, trained = training.train(run, workdir, together.any_of(stop), say, resume)
-            except training.Interrupted as interrupted:
-                number, step = interrupted.args
-                again = shlex.join(_again(words, workdir))
-                say(f"Stopped by {signal.Signals(number).name} after step {step}; all is saved.")
-                say(f"Go on with: python -m cifar_jax.train {again}")
-                raise SystemExit(128 + number) from None
+        with interruptible("cifar_jax.train", _again(words, workdir), say) as stop:
+            if seeds:
+                return many.train_and_test(run, plan, workdir, together.relayed(stop), say)
+            state, trained = training.train(run, workdir, together.any_of(stop), say, resume)
         return finish.finish(run, workdir, state, trained, say)
 
 
@@ -222,10 +235,9 @@ def _complete(workdir: Path, results_text, say) -> dict | None:
     return summary
 
 
-def _again(arguments: Sequence[str], workdir: Path) -> list[str]:
-    kept = [word for word in arguments if word != "--overwrite"]
-    named = any(word.split("=")[0] == "--workdir" for word in kept)
-    return kept if named else [*kept, "--workdir", str(workdir)]
+def _again(words: Sequence[str], workdir: Path) -> list[str]:
+    named = any(word.split("=")[0] == "--workdir" for word in words)
+    return [*words] if named else [*words, "--workdir", str(workdir)]
 
 
 if __name__ == "__main__":

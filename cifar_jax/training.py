@@ -1,4 +1,4 @@
-"""The training loop: chunks of steps, validation, checkpoints, rows, and the test at the end.
+"""The training loop: chunks of steps, validation, checkpoints and rows, for one run or for several.
 
 A run is a function of its `Config` and its data. Everything here that depends on time (chunk
 lengths, saves between epochs, interruptions) decides when the host looks, never what is computed.
@@ -9,42 +9,241 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import jax
 import numpy as np
 
-from cifar_jax import (
-    feed,
-    from_recipe,
-    hardware,
-    optimizers,
-    parallel,
-    report,
-    resident,
-    steps,
-    together,
-)
-from cifar_jax.checks import check_first_forward, check_loss, check_weights, stuck_advice
+from cifar_jax import optimizers, parallel, report, steps, together
 from cifar_jax.clock import seconds_since_start
-from cifar_jax.datasets import record_source
 from cifar_jax.errors import UserError
 from cifar_jax.progress import Progress
 from cifar_jax.records import MetricsLog, TensorBoardLog, read_metrics
 from cifar_jax.run import Run
-
-Print = Callable[[str], None]
+from cifar_jax.runs import Arrays, Chunk, OneRun, Print, Runs
 
 
 class Interrupted(Exception):
-    """A signal asked the run to stop; all is saved. `args` is (signal number, step)."""
+    """A signal asked to stop; all is saved. `args` is (signal number, step)."""
+
+
+@dataclasses.dataclass
+class Position:
+    """Where runs stand: `step` steps into `epoch` (from 1).
+
+    Attributes:
+      arrays: what is on the devices.
+      best_rows: each run's `epoch` row of its lowest validation loss, None before there is one.
+      diverged: {member: its last step, counted from 1}.
+    """
+
+    epoch: int
+    step: int
+    arrays: Arrays
+    best_rows: list[dict | None]
+    diverged: dict[int, int]
+
+    def alive(self) -> np.ndarray:
+        """bool [R]: which runs go on."""
+        return np.array([i not in self.diverged for i in range(len(self.best_rows))])
+
+
+class Loop:
+    """Trains runs, writing `metrics.jsonl` and `checkpoints` in a folder; a context manager.
+
+    Args:
+      runs: what is trained.
+      stop: returns the number of a signal that asks to stop, or None.
+      bar: a `Progress` over the images of all runs, and perhaps of others.
+
+    Raises (from `begin` and `train`):
+      Interrupted: stopped by a signal, after saving.
+      UserError: a full disk, no good checkpoint among those there, or a run alone diverged.
+    """
+
+    def __init__(self, runs: Runs, folder: Path, stop: Callable[[], int | None], bar: Progress):
+        self.runs, self.run, self.recipe = runs, runs.run, runs.recipe
+        self.stop, self.bar = stop, bar
+        self.steps = self.run.steps_per_epoch
+        self.lengths = parallel.Chunks(self.steps, seconds=runs.chunk_seconds)
+        self.saved_at = time.monotonic()
+        self.log = MetricsLog(folder / "metrics.jsonl")
+        self.checkpoints = together.open_checkpoints(folder / "checkpoints")
+
+    def __enter__(self) -> Loop:
+        return self
+
+    def __exit__(self, *error) -> None:
+        try:
+            self.checkpoints.__exit__(*error)
+        finally:
+            self.log.close()
+
+    def rows(self) -> list[list[dict]]:
+        """Returns each run's rows, as its own log would hold them."""
+        found: list[list[dict]] = [[] for _ in self.runs.members]
+        for row in read_metrics(self.log.path):
+            found[row.pop("member", 0)].append(row)
+        return found
+
+    def begin(self, resume: bool = True) -> Position:
+        """Returns where to train from: the newest good checkpoint, or the start where there is
+        none or `resume` is False."""
+        self.runs.load()
+        if resume and self.checkpoints.committed():
+            return self._restored()
+        self.log.truncate(0)
+        return Position(1, 0, self.runs.begin(), [None] * len(self.runs.members), {})
+
+    def _restored(self) -> Position:
+        say = self.runs.say
+        with self.run.clock("restoring"):
+            try:
+                found = self.checkpoints.restore(self.runs.abstract_payload())
+            except UserError as error:
+                raise UserError(f"{error}; give --overwrite to start anew") from None
+            arrays = self.runs.restored(found.state)
+        for line in found.skipped:
+            say(f"warning: {line}")
+        extra = found.extra
+        missing = self.log.truncate(extra["metrics_offset"])
+        if missing:
+            who = "run goes" if self.runs.alone else "runs go"
+            say(f"warning: {self.log.path} lost {missing} bytes of earlier rows; the {who} on")
+        self.run.clock.load(extra["seconds"])
+        # A run alone has its best epoch in its log.
+        best_rows = extra.get("best_rows") or [report.best_epoch(rows) for rows in self.rows()]
+        diverged = {int(i): step for i, step in extra.get("diverged", {}).items()}
+        at = Position(extra["epoch"], extra["step"], arrays, best_rows, diverged)
+        say(f"Going on from step {found.step} (epoch {at.epoch}, step {at.step})")
+        in_epoch = min(at.step * self.recipe.batch_size, len(self.run.training))
+        images = (at.epoch - 1) * len(self.run.training) + in_epoch
+        self.bar.skip(len(self.runs.members) * images)
+        return at
+
+    def train(self, at: Position) -> Position:
+        """Trains to the recipe's last epoch, or until no run is left."""
+        while at.epoch <= self.recipe.epochs and at.alive().any():
+            at = self._epoch(at)
+        with self.run.clock("saving"):
+            self.checkpoints.wait()
+        return at
+
+    def _epoch(self, at: Position) -> Position:
+        """Trains to the end of the epoch, validates, writes its rows and saves."""
+        began = time.monotonic()
+        chunks = self.runs.chunks(at.epoch, at.step, self.lengths)
+        while at.step < self.steps and at.alive().any():
+            at = self._chunk(at, chunks)
+        return self._finish_epoch(at, began)
+
+    def _chunk(self, at: Position, chunks: Iterator[Chunk]) -> Position:
+        """Trains the next chunk, and looks at what came of it."""
+        clock, before = self.run.clock, at.step
+        with clock("training"):
+            chunk = next(chunks)
+            began = time.monotonic()
+            arrays = self.runs.train(at.arrays, at.alive(), chunk)
+            metrics = self.runs.on_host(arrays.step_metrics)
+            self.lengths.ran(chunk.length, time.monotonic() - began)
+        clock.first_step = clock.first_step or seconds_since_start()
+        at = dataclasses.replace(at, step=before + chunk.length, arrays=arrays)
+        self._look_at_losses(at, metrics["loss"], before)
+        self._log_windows(at, metrics, before)
+        signal = self.stop()
+        due = time.monotonic() - self.saved_at > 60 * self.run.options.save_minutes
+        due = bool(together.numbers(due)[0, 0])
+        if at.step < self.steps and (signal or due):
+            self._save(at, block=bool(signal))
+            if signal:
+                raise Interrupted(signal, (at.epoch - 1) * self.steps + at.step)
+        return at
+
+    def _look_at_losses(self, at: Position, losses: np.ndarray, before: int) -> None:
+        for i in np.flatnonzero(at.alive()):
+            bad = np.flatnonzero(~np.isfinite(losses[i, before : at.step]))
+            if len(bad):
+                step = (at.epoch - 1) * self.steps + before + int(bad[0]) + 1
+                self._note_diverged(at, int(i), "loss", step)
+
+    def _look_at_weights(self, at: Position, step: int) -> None:
+        """A step of finite loss can still make weights infinite, which only the next would show."""
+        for i in np.flatnonzero(at.alive() & ~self.runs.finite(at.arrays)):
+            self._note_diverged(at, int(i), "weights", step)
+
+    def _note_diverged(self, at: Position, i: int, what: str, step: int) -> None:
+        at.diverged[i] = step
+        self.runs.diverged(i, what, step, self.checkpoints.latest_step)
+
+    def _log_windows(self, at: Position, metrics: dict[str, np.ndarray], before: int) -> None:
+        alive = np.flatnonzero(at.alive())
+        where = {"epoch": at.epoch, "first_step": (at.epoch - 1) * self.steps}
+        counts = metrics["count"][:, : at.step]
+        means = metrics["loss"][:, : at.step] / np.maximum(counts, 1)
+        for i in alive.tolist():
+            every = self.runs.members[i].config.recipe.log_every
+            for values in report.window_rows(means[i], before, at.step, every, **where):
+                self.runs.show_window(self.log.append("window", **self.runs.label(i), **values))
+        images = int(counts[:, before:].sum(axis=1).max()) * len(self.runs.members)
+        loss = float(means[alive, before:].mean()) if len(alive) else np.nan
+        self.bar.update(images, epoch=at.epoch, loss=loss)
+
+    def _finish_epoch(self, at: Position, began: float) -> Position:
+        runs, step = self.runs, at.epoch * self.steps
+        if not runs.alone:
+            self._look_at_weights(at, step)
+        sums = runs.validate(at.arrays)
+        metrics = runs.on_host(at.arrays.step_metrics)
+        timing = {"seconds": round(time.monotonic() - began, 3)}
+        rows, improved, rates = [], np.zeros(len(runs.members), bool), {}
+        for i in np.flatnonzero(at.alive()).tolist():
+            recipe = runs.members[i].config.recipe
+            if recipe not in rates:
+                rates[recipe] = optimizers.learning_rate(recipe, self.steps, step - 1)
+            values = report.epoch_row(
+                {name: column[i] for name, column in metrics.items()},
+                sums and {name: sums[name][i] for name in parallel.METRICS},
+                epoch=at.epoch,
+                step=step,
+                learning_rate=rates[recipe],
+            )
+            rows.append(self.log.append("epoch", **runs.label(i), **values, timing=timing))
+            former = at.best_rows[i]
+            at.best_rows[i] = report.best_epoch([row for row in (former, rows[-1]) if row])
+            improved[i] = at.best_rows[i] is rows[-1]
+        runs.show_epoch(rows, improved)
+        arrays = runs.next_epoch(at.arrays, improved)
+        at = dataclasses.replace(at, epoch=at.epoch + 1, step=0, arrays=arrays)
+        signal = self.stop()
+        metric = rows[0].get("validation_loss") if runs.alone else None
+        self._save(at, block=bool(signal), metric=metric)
+        if signal:
+            raise Interrupted(signal, step)
+        return at
+
+    def _save(self, at: Position, block: bool, metric: float | None = None) -> None:
+        step = (at.epoch - 1) * self.steps + at.step
+        with self.run.clock("saving"):
+            self.log.sync()
+            extra = {
+                "epoch": at.epoch,
+                "step": at.step,
+                "metrics_offset": self.log.offset(),
+                "seconds": self.run.clock.seconds(),
+            }
+            if self.runs.alone:
+                self._look_at_weights(at, step)
+            else:
+                extra |= {"best_rows": at.best_rows, "diverged": at.diverged}
+            payload = self.runs.payload(at.arrays)
+            self.checkpoints.save(step, payload, extra, metric=metric, block=block)
+        self.saved_at = time.monotonic()
 
 
 def train(
     run: Run, workdir: Path, stop: Callable[[], int | None], say: Print, resume: bool
 ) -> tuple[steps.TrainState, dict]:
-    """Trains to the recipe's last epoch, going on from the newest checkpoint if there is one.
+    """Trains a run to the recipe's last epoch, going on from the newest checkpoint if there is one.
 
     Args:
       workdir: the run directory, opened by `open_workdir`.
@@ -53,72 +252,47 @@ def train(
       resume: whether there may be checkpoints to go on from.
 
     Returns:
-      The state to test (best or last, as the recipe says), and {"best_epoch",
-      "best_validation_loss", "epochs", "steps"}.
+      The state to test (best or last, as the recipe says), and what `trained` returns.
 
     Raises:
       Interrupted: stopped by a signal, after saving.
       UserError: non-finite loss, a full disk, or no good checkpoint among those there.
     """
-    recipe, clock = run.config.recipe, run.clock
-    total = recipe.epochs * run.steps_per_epoch
-    with (
-        MetricsLog(workdir / "metrics.jsonl") as log,
-        together.open_checkpoints(workdir / "checkpoints") as checkpoints,
-    ):
-        position = _begin(run, checkpoints, log, say, resume)
-        clock.load(position.seconds)
-        data = _resident(run)
-        images_done = _images(run, position)
-        with (
-            Progress(
-                recipe.epochs * len(run.training), done=images_done, shown=together.is_leader()
-            ) as bar,
-            _tensorboard(run, workdir, position) as events,
-        ):
-            printer = bar.print if say is print else say
-            loop = _Loop(run, checkpoints, log, events, data, stop, printer, bar)
-            while position.epoch <= recipe.epochs:
-                position = loop.epoch(position)
-        with clock("saving"):
-            checkpoints.wait()
-        best = report.best_epoch(read_metrics(log.path, "epoch"))
-        state, tested = position.state, recipe.epochs
-        if recipe.select_best:
-            payload = from_recipe.payload(position.state, position.record)
-            chosen = checkpoints.restore(payload, which="best")
-            state, tested = chosen.state["state"], chosen.extra["epoch"] - 1
-            if best and tested != best["epoch"]:
-                instead = f"the best epoch was {best['epoch']}; {tested} is tested"
-                for line in [*chosen.skipped, instead]:
-                    say(f"warning: {line}")
+    recipe = run.config.recipe
+    with Progress(recipe.epochs * len(run.training), shown=together.is_leader()) as bar:
+        printer = bar.print if say is print else say
+        runs = OneRun(run, printer)
+        with Loop(runs, workdir, stop, bar) as loop:
+            if resume and not loop.checkpoints.committed():
+                printer("No checkpoint was saved before: starting from the first step")
+            at = loop.begin(resume)
+            with _tensorboard(run, workdir, at) as runs.events:
+                at = loop.train(at)
+            state, (best,) = at.arrays.state, at.best_rows
+            found = trained(run, best)
+            if recipe.select_best:
+                chosen = loop.checkpoints.restore(runs.payload(at.arrays), which="best")
+                state, found["tested_epoch"] = chosen.state["state"], chosen.extra["epoch"] - 1
+                if best and found["tested_epoch"] != best["epoch"]:
+                    tested = f"{found['tested_epoch']} is tested"
+                    for line in [*chosen.skipped, f"the best epoch was {best['epoch']}; {tested}"]:
+                        printer(f"warning: {line}")
     signal = stop()
     if signal:
-        raise Interrupted(signal, total)
-    found = {
-        "best_epoch": best["epoch"] if best else None,
-        "best_validation_loss": best["validation_loss"] if best else None,
-        "tested_epoch": tested,
-        "epochs": recipe.epochs,
-        "steps": total,
-    }
+        raise Interrupted(signal, found["steps"])
     return state, found
 
 
-@dataclasses.dataclass
-class Position:
-    """Where a run stands: `step` steps into `epoch` (from 1), with that epoch's record."""
-
-    epoch: int
-    step: int
-    state: steps.TrainState
-    record: dict[str, jax.Array]
-    seconds: dict[str, float]
-
-
-def _images(run: Run, position: Position) -> int:
-    in_epoch = min(position.step * run.config.recipe.batch_size, len(run.training))
-    return (position.epoch - 1) * len(run.training) + in_epoch
+def trained(run: Run, best: dict | None) -> dict:
+    """Returns what `summary.json` holds of a run's training; `best`: its best epoch's row."""
+    recipe = run.config.recipe
+    return {
+        "best_epoch": best["epoch"] if best else None,
+        "best_validation_loss": best["validation_loss"] if best else None,
+        "tested_epoch": best["epoch"] if best and recipe.select_best else recipe.epochs,
+        "epochs": recipe.epochs,
+        "steps": recipe.epochs * run.steps_per_epoch,
+    }
 
 
 def _tensorboard(run: Run, workdir: Path, at: Position):
@@ -127,178 +301,3 @@ def _tensorboard(run: Run, workdir: Path, at: Position):
         return contextlib.nullcontext()
     step = (at.epoch - 1) * run.steps_per_epoch + at.step
     return TensorBoardLog(workdir / "tensorboard", resumed_at=step or None)
-
-
-def _begin(run: Run, checkpoints, log: MetricsLog, say: Print, resume: bool):
-    """Returns the position to train from: the newest good checkpoint, or the start."""
-    if resume and checkpoints.committed():
-        abstract = from_recipe.abstract_payload(run.shapes, run.steps_per_epoch)
-        with run.clock("restoring"):
-            try:
-                found = checkpoints.restore(abstract)
-            except UserError as error:
-                raise UserError(f"{error}; give --overwrite to start anew") from None
-        for line in found.skipped:
-            say(f"warning: {line}")
-        extra = found.extra
-        missing = log.truncate(extra["metrics_offset"])
-        if missing:
-            say(f"warning: {log.path} lost {missing} bytes of earlier rows; the run goes on")
-        say(f"Going on from step {found.step} (epoch {extra['epoch']}, step {extra['step']})")
-        return Position(
-            extra["epoch"],
-            extra["step"],
-            *jax.device_put((found.state["state"], found.state["record"])),
-            extra["seconds"],
-        )
-    if resume:
-        say("No checkpoint was saved before: starting from the first step")
-    log.truncate(0)
-    state = together.share(run.create(initial=run.initial))
-    say(check_first_forward(run, state))
-    return Position(1, 0, state, parallel.empty_record(run.steps_per_epoch), {})
-
-
-def _resident(run: Run) -> dict[str, jax.Array] | None:
-    """The training split on the device; None where only the streamed feed will read it."""
-    if run.place == "stream" and not len(run.validation):
-        return None
-    split = run.dataset.splits["train"]
-    with run.clock("data"):
-        if run.place == "split":
-            return resident.put_split(split.images, split.labels, run.mesh)
-        if run.place == "resident":
-            return resident.put_whole(feed.on_host(split.images, split.labels), run.mesh)
-        # Validation reads its own images only; positions are then 0, 1, 2 ...
-        images, labels = split.images[run.validation], split.labels[run.validation]
-        if together.several():
-            return resident.put_split(images, labels, run.mesh)
-        return feed.to_device(images, labels)
-
-
-class _Loop:
-    """One epoch after another; it owns no state of the run, `Position` does."""
-
-    def __init__(self, run, checkpoints, log, events, data, stop, say, bar):
-        self.run, self.checkpoints, self.data = run, checkpoints, data
-        self.log, self.events = log, events
-        self.stop, self.say, self.bar = stop, say, bar
-        self.recipe = run.config.recipe
-        self.chunks = parallel.Chunks(run.steps_per_epoch)
-        self.saved_at = time.monotonic()
-        positions = run.validation
-        if run.place == "stream":
-            positions = np.arange(len(run.validation), dtype=np.int32)
-        size = min(self.recipe.eval_batch_size, len(positions))
-        self.validation_order = feed.batches(positions, size) if size else None
-
-    def epoch(self, at: Position) -> Position:
-        """Trains to the end of the epoch, validates, writes its row and saves."""
-        run, recipe, clock = self.run, self.recipe, self.run.clock
-        started = time.monotonic()
-        with clock("training"):
-            order = feed.epoch_order(run.keys["order"], at.epoch, run.training, recipe.batch_size)
-        source = self._chunks(order, at.step)
-        while at.step < len(order):
-            with clock("training"):
-                length, data, rows, row = next(source)
-                began = time.monotonic()
-                state, record = run.train_many(
-                    at.state, at.record, data, rows, row, at.step, length
-                )
-                host = {name: np.array(values) for name, values in record.items()}
-                self.chunks.ran(length, time.monotonic() - began)
-            if clock.first_step is None:
-                clock.first_step = seconds_since_start()
-            before, at = (
-                at.step,
-                dataclasses.replace(at, step=at.step + length, state=state, record=record),
-            )
-            self._after_chunk(at, host, before, order)
-        return self._finish_epoch(at, host, started)
-
-    def _chunks(self, order, start):
-        """Yields (length, data, order, its first row) until the epoch's end."""
-        run = self.run
-        if run.place != "stream":
-            order = resident.put_whole(order, run.mesh)
-            while start < len(order):
-                length = int(together.numbers(self.chunks.next(len(order) - start))[0, 0])
-                yield length, self.data, order, start
-                start += length
-            return
-        per_chunk, where = self.chunks.streamed(order.shape[1]), hardware.everywhere(run.mesh)
-        source = record_source(run.dataset.splits["train"])
-        several = together.several()
-        if several:  # a process reads the images of its own devices only
-            order = feed.columns(order, jax.process_index(), jax.process_count(), run.devices)
-        for data, rows, length in feed.stream(source, order, start, per_chunk):
-            if several:
-                yield length, *resident.put_own(data, rows, run.mesh), 0
-            else:
-                yield length, jax.device_put(data, where), jax.device_put(rows), 0
-
-    def _after_chunk(self, at: Position, host: dict, before: int, order: np.ndarray) -> None:
-        run, recipe = self.run, self.recipe
-        first_step = (at.epoch - 1) * len(order)
-        check_loss(host, before, at.step, first_step, recipe, len(order), self.checkpoints)
-        losses = host["loss"][: at.step] / host["count"][: at.step]
-        where = {"epoch": at.epoch, "first_step": first_step}
-        for values in report.window_rows(losses, before, at.step, recipe.log_every, **where):
-            self.say(report.window_line(self._row("window", **values), len(order)))
-        images = int(host["count"][before : at.step].sum())
-        self.bar.update(images, epoch=at.epoch, loss=float(losses[before:].mean()))
-        signal = self.stop()
-        due = time.monotonic() - self.saved_at > 60 * run.options.save_minutes
-        due = bool(together.numbers(due)[0, 0])
-        if at.step < len(order) and (signal or due):
-            self._save(at, metric=None, block=bool(signal))
-        if signal and at.step < len(order):
-            raise Interrupted(signal, first_step + at.step)
-
-    def _row(self, kind: str, **values) -> dict:
-        row = self.log.append(kind, **values)
-        if self.events is not None:
-            self.events.append(row)
-        return row
-
-    def _finish_epoch(self, at: Position, host: dict, started: float) -> Position:
-        run, recipe = self.run, self.recipe
-        step, sums = at.epoch * run.steps_per_epoch, None
-        if self.validation_order is not None:
-            with run.clock("validation"):
-                variables = steps.inference_variables(at.state)
-                sums = jax.device_get(run.evaluate(variables, self.data, self.validation_order))
-        rate = optimizers.learning_rate(recipe, run.steps_per_epoch, step - 1)
-        row = report.epoch_row(host, sums, epoch=at.epoch, step=step, learning_rate=rate)
-        metric = row.get("validation_loss")
-        row = self._row("epoch", **row, timing={"seconds": round(time.monotonic() - started, 3)})
-        best = report.best_epoch(read_metrics(self.log.path, "epoch"))
-        is_best = best is not None and best["epoch"] == at.epoch
-        self.say(report.epoch_line(row, recipe.epochs, best=is_best))
-        if at.epoch == 1:
-            for line in stuck_advice(row["train_loss"], len(run.dataset.class_names)):
-                self.say(line)
-        record = parallel.empty_record(run.steps_per_epoch)
-        at = dataclasses.replace(at, epoch=at.epoch + 1, step=0, record=record)
-        signal = self.stop()
-        self._save(at, metric=metric, block=bool(signal))
-        if signal:
-            raise Interrupted(signal, step)
-        return at
-
-    def _save(self, at: Position, metric: float | None, block: bool) -> None:
-        run = self.run
-        with run.clock("saving"):
-            self.log.sync()
-            extra = {
-                "epoch": at.epoch,
-                "step": at.step,
-                "metrics_offset": self.log.offset(),
-                "seconds": run.clock.seconds(),
-            }
-            step = (at.epoch - 1) * run.steps_per_epoch + at.step
-            check_weights(at.state, step, run.config.recipe, run.steps_per_epoch, self.checkpoints)
-            payload = from_recipe.payload(at.state, at.record)
-            self.checkpoints.save(step, payload, extra, metric=metric, block=block)
-        self.saved_at = time.monotonic()

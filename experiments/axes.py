@@ -165,7 +165,7 @@ def base_of(recipe: Recipe, points: Sequence[Mapping]) -> tuple[Recipe, dict[str
       The recipe, with every traced setting that some point switches on, and {name: float32
       [points]}. A norm of 0 does not clip, and becomes an infinite one.
     """
-    numbers, changes = {}, {}
+    hparams, changes = {}, {}
     for name in TRACED:
         values = [point[name] for point in points if name in point]
         if not values:
@@ -173,5 +173,5 @@ def base_of(recipe: Recipe, points: Sequence[Mapping]) -> tuple[Recipe, dict[str
         changes[name] = next((value for value in values if value), values[0])
         if name == "clip_norm":
             values = [value or math.inf for value in values]
-        numbers[name] = np.array(values, np.float32)
-    return recipe.replace(**changes), numbers
+        hparams[name] = np.array(values, np.float32)
+    return recipe.replace(**changes), hparams

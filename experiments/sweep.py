@@ -15,8 +15,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import shlex
-import signal
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -110,8 +108,8 @@ def main(arguments: Sequence[str] | None = None, say=print) -> dict:
 
 def _main(options, name: str, recipe: Recipe, varied, points, words: Sequence[str], say) -> dict:
     """`main` in each of the processes, of which the leader alone prints and reports."""
-    from cifar_jax import together, training
-    from cifar_jax.train import stop_requests
+    from cifar_jax import together
+    from cifar_jax.train import interruptible
     from cifar_jax.workdir import Config, describe_data
 
     dataset = cli.load_data(options, recipe.dataset)
@@ -134,16 +132,9 @@ def _main(options, name: str, recipe: Recipe, varied, points, words: Sequence[st
     together.check_same({**config.to_dict(), **together.machine(), **how})
     with (
         together.open_shared(workdir, config, overwrite=options.overwrite),
-        stop_requests() as stop,
+        interruptible("experiments.sweep", words, say) as stop,
     ):
-        try:
-            rows, seconds = sweep.train(workdir, together.relayed(stop), say)
-        except training.Interrupted as interrupted:
-            number, step = interrupted.args
-            again = shlex.join([word for word in words if word != "--overwrite"])
-            say(f"Stopped by {signal.Signals(number).name} after step {step}; all is saved.")
-            say(f"Go on with: python -m experiments.sweep {again}")
-            raise SystemExit(128 + number) from None
+        rows, seconds = sweep.train(workdir, together.relayed(stop), say)
         return together.by_leader(
             lambda: sweep_report.report(config, varied, points, rows, seconds, workdir, say)
         )
@@ -165,9 +156,8 @@ class Sweep:
 
     def train(self, workdir: Path, stop, say) -> tuple[list[dict], dict]:
         """Trains what is missing; returns a row for each run, and {phase: seconds}."""
-        from cifar_jax import from_recipe, many, many_finish, replicas, together
+        from cifar_jax import from_recipe, many, many_finish, replicas
         from cifar_jax.clock import Clock
-        from cifar_jax.progress import Progress
         from cifar_jax.run import make_run
 
         rows, seconds = [], {}
@@ -176,7 +166,7 @@ class Sweep:
         for number, (static, places) in enumerate(self.programs):
             runs = [(self.points[i], seed) for i in places for seed in self.config.seeds]
             fixed = self.config.recipe.replace(**static)
-            base, numbers = axes_of.base_of(fixed, [point for point, _ in runs])
+            base, hparams = axes_of.base_of(fixed, [point for point, _ in runs])
             config = dataclasses.replace(self.config, recipe=base, axes=None)
             run = make_run(config, self.dataset, self.run_options, Clock())
             members = [run.with_config(self._config_of(point, seed)) for point, seed in runs]
@@ -194,20 +184,15 @@ class Sweep:
                 f"{len(runs)} runs together, {plan.size} at a time, form {plan.programs.form}, "
                 f"{replicas.describe_mesh(plan.programs.mesh)}"
             )
-            images = base.epochs * len(run.training) * len(runs)
-            with Progress(images, shown=together.is_leader()) as bar:
-                done = many.train_groups(
-                    members,
-                    plan,
-                    workdir / "groups" / f"program-{number}",
-                    sweep_report.rows_of,
-                    lambda *_: True,
-                    stop,
-                    bar.print if say is print else say,
-                    bar,
-                    numbers,
-                    [f"{sweep_report.shown(point)}, seed {seed}" for point, seed in runs],
-                )
+            groups = many.Groups(
+                members,
+                plan,
+                workdir / "groups" / f"program-{number}",
+                sweep_report.rows_of,
+                hparams=hparams,
+                names=[f"{sweep_report.shown(point)}, seed {seed}" for point, seed in runs],
+            )
+            done = groups.train(stop, say)
             results = [row for part in done for row in part["result"]]
             rows += [
                 {"point": place, **self.points[place], "seed": seed, **row}

@@ -17,17 +17,17 @@ def shown(point: Mapping) -> str:
     )
 
 
-def rows_of(training, at) -> list[dict]:
+def rows_of(trained) -> list[dict]:
     """Tests a trained group; returns what is found of each run, None where it diverged."""
     from cifar_jax import report
     from cifar_jax.members import test_group
 
-    sums, _, lost = test_group(training, at)
-    rows, logs = [], training.rows()
-    for i, best in enumerate(at.best_rows):
+    sums, _, lost = test_group(trained)
+    rows = []
+    for i, best in enumerate(trained.at.best_rows):
         tested = report.rates({name: sums[name][i] for name in ("loss", "correct", "count")})
-        last = [row for row in logs[i] if row["kind"] == "epoch"][-1:]
-        shown = best if training.recipe.select_best else (last[0] if last else None)
+        last = [row for row in trained.rows[i] if row["kind"] == "epoch"][-1:]
+        shown = best if trained.group.recipe.select_best else (last[0] if last else None)
         shown = shown or {}
         found = {
             "test_accuracy": tested["accuracy"],

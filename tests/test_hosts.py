@@ -295,9 +295,10 @@ def test_a_process_reads_its_own_columns_of_an_order():
     mesh = hardware.data_mesh(3)
     rows = np.where(parts[0] >= 0, np.arange(18, dtype=np.int32).reshape(3, 6), -1)
     labels = parts[0].reshape(-1)
-    data, positions = resident.put_own({"label": labels}, rows.astype(np.int32), mesh)
+    chunk = {"image": labels, "label": labels}
+    data, positions = resident.put_chunk(chunk, rows.astype(np.int32), mesh)
     for i, (held, asked) in enumerate(
-        zip(data["label"].addressable_shards, positions.addressable_shards, strict=True)
+        zip(data.label.addressable_shards, positions.addressable_shards, strict=True)
     ):
         asked = np.asarray(asked.data)
         found = np.where(asked >= 0, np.asarray(held.data)[asked], -1)

@@ -269,10 +269,16 @@ def test_a_cpu_cuts_large_batches_of_small_networks_by_itself():
         assert_close(new.params, jit(plain)(state, batch)[0].params, rtol=1e-4, atol=1e-5)
         uncompiled = from_recipe.step_of(recipe, Tiny(), 4)
         assert ("scan[" in str(jax.make_jaxpr(uncompiled)(state, batch))) == loops
-    assert [parallel.pieces(size, state) for size in (1, 63, 65, 255, 512)] == [1, 1, 2, 2, 16]
-    assert parallel.pieces(65, programs(recipe, Normalised())[0]) == 1
+    assert [parallel.microbatches(size, state) for size in (1, 63, 65, 255, 512)] == [
+        1,
+        1,
+        2,
+        2,
+        16,
+    ]
+    assert parallel.microbatches(65, programs(recipe, Normalised())[0]) == 1
     wide = jax.eval_shape(lambda: {"w": jnp.zeros((2048, 2048))})  # 4.2 million weights
-    assert parallel.pieces(512, state.replace(params=wide)) == 1
+    assert parallel.microbatches(512, state.replace(params=wide)) == 1
 
 
 def test_parts_normalise_by_themselves_in_order():

@@ -12,7 +12,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from quick import jit
 
-from cifar_jax import feed, parallel
+from cifar_jax import feed, parallel, resident
 from cifar_jax.device_steps import (
     pmap_eval_step,
     pmap_train_step,
@@ -211,19 +211,20 @@ def small_step(counter):
 @pytest.fixture
 def small_data():
     rng = np.random.default_rng(0)
-    return feed.to_device(rng.integers(0, 256, (50, 4, 4, 3), np.uint8), rng.integers(0, 5, 50))
+    return resident.put(rng.integers(0, 256, (50, 4, 4, 3), np.uint8), rng.integers(0, 5, 50), None)
 
 
 def run_chunks(program, data, lengths, epochs=1):
     weights, records = jnp.zeros((48, 5)), []
     for epoch in range(epochs):
         order = feed.epoch_order(jax.random.key(0), epoch, np.arange(50, dtype=np.int32), 4)
-        record, at = parallel.empty_record(len(order)), 0
+        metrics, at = parallel.empty_metrics(len(order)), 0
         for length in lengths:
-            weights, record = program(weights, record, data, jnp.asarray(order), at, at, length)
+            changing = (weights, metrics)
+            weights, metrics = program(changing, data, jnp.asarray(order), at, at, length)
             at += length
         assert at == len(order)
-        records.append(jax.device_get(record))
+        records.append(jax.device_get(metrics))
     return np.asarray(weights), records
 
 
@@ -238,8 +239,8 @@ def test_chunks_equal_a_loop_over_steps_and_each_other(small_data):
     order = feed.epoch_order(jax.random.key(0), 0, np.arange(50, dtype=np.int32), 4)
     plain, single = jnp.zeros((48, 5)), jax.jit(step)
     for i, row in enumerate(order):
-        plain, sums = single(plain, feed.take_batch(small_data, row))
-        for name in parallel.RECORD_FIELDS:
+        plain, sums = single(plain, small_data.take(row))
+        for name in parallel.METRICS:
             assert record[name][i] == pytest.approx(float(sums[name]), rel=1e-5)
     np.testing.assert_allclose(plain, weights, rtol=1e-5, atol=1e-7)
     assert record["count"].tolist() == [4] * 12 + [2]

@@ -12,11 +12,12 @@ import pytest
 from quick import jit
 from tiny_data import Small
 
-from cifar_jax import feed, from_recipe, group_size, parallel, replicas
+from cifar_jax import feed, from_recipe, group_size, parallel, replicas, resident
 from cifar_jax.clock import Clock, compile_seconds
 from cifar_jax.errors import UserError
 from cifar_jax.models.layers import Dense, Dropout, Flatten
 from cifar_jax.recipes import RECIPES
+from cifar_jax.resident import Examples
 from cifar_jax.steps import create_state, eval_step, train_step
 
 STEPS, BATCH = 4, 4
@@ -49,7 +50,7 @@ def draw():
 def data():
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (STEPS * BATCH, 32, 32, 3), np.uint8)
-    return {"image": images, "label": rng.integers(0, 10, STEPS * BATCH).astype(np.int32)}
+    return Examples(images, rng.integers(0, 10, STEPS * BATCH).astype(np.int32))
 
 
 def start(seed):
@@ -65,20 +66,21 @@ def alone():
     single, runs = parallel.compile_training(step_of()), []
     for seed in SEEDS:
         state, order = start(seed)
-        state, record = single(state, parallel.empty_record(STEPS), data(), order, 0, 0, STEPS)
+        changing = (state, parallel.empty_metrics(STEPS))
+        state, record = single(changing, data(), order, 0, 0, STEPS)
         runs.append(jax.device_get((state.params, record)))
     return runs
 
 
 def own(mesh, spoil=None):
-    """What the replicas start from; the weights of replica `spoil` are not finite."""
+    """What the replicas start from, the weights of replica `spoil` not finite; batch indices."""
     states, orders = map(list, zip(*map(start, SEEDS), strict=True))
     if spoil is not None:
         bad = jax.tree.map(lambda x: x * np.float32(1e25), states[spoil].params)
         states[spoil] = states[spoil].replace(params=bad)
-    records = [parallel.empty_record(STEPS)] * len(SEEDS)
-    tree = (replicas.stack(states), replicas.stack(records), np.ones(len(SEEDS), bool))
-    return replicas.split_evenly((*tree, np.stack(orders), {}), mesh)
+    metrics = parallel.empty_metrics(len(SEEDS), STEPS)
+    changing = (replicas.stack(states), metrics, np.ones(len(SEEDS), bool))
+    return replicas.split_evenly((changing, np.stack(orders)), mesh)
 
 
 @functools.cache
@@ -93,12 +95,12 @@ def trained(form, spoil=None):
     """(state, record, alive) on the host after two chunks."""
     Clock()  # from here on compilation is counted
     mesh, run = program(form)
-    begin = own(mesh, spoil)
-    shared = replicas.to_all(data(), mesh)
+    changing, orders = own(mesh, spoil)
+    shared = resident.replicate(data(), mesh)
     first = 2 if form == "vmap" else 3
-    changing = run(begin, shared, 0, 0, first)
+    changing = run(changing, shared, orders, 0, 0, first)
     compiled = compile_seconds()
-    changing = run((*changing, *begin[3:]), shared, first, first, STEPS - first)
+    changing = run(changing, shared, orders, first, first, STEPS - first)
     assert compile_seconds() == compiled, "any length runs the same program on a CPU"
     state, record, alive = changing
     assert jax.tree.leaves(state)[0].shape[0] == 4, "three replicas on two devices"
@@ -126,24 +128,24 @@ def test_devices_along_both_axes_of_the_mesh(form):
     states = [jit(create)(jax.random.key(seed)) for seed in SEEDS]
     positions = np.arange(STEPS * BATCH, dtype=np.int32)  # 16: the last batch holds one image
     orders = [feed.epoch_order(jax.random.key(9 + seed), 1, positions, batch) for seed in SEEDS]
-    empty = functools.partial(parallel.empty_record, len(orders[0]))
     mesh = replicas.replica_mesh("6", len(SEEDS))
     assert dict(mesh.shape) == {"replica": 3, "data": 2}
     assert replicas.describe_mesh(mesh) == "on 6 devices, 2 to share each batch"
-    records = replicas.stack([empty() for _ in SEEDS])
-    own = (replicas.stack(states), records, np.ones(3, bool), np.stack(orders), {})
+    metrics = parallel.empty_metrics(len(SEEDS), len(orders[0]))
+    changing = (replicas.stack(states), metrics, np.ones(3, bool))
+    changing, order = replicas.split_evenly((changing, np.stack(orders)), mesh)
     run = replicas.compile_training(step, form, mesh, static_length=form == "vmap")
-    shared = replicas.to_all(data(), mesh)
-    state, record, alive = run(replicas.split_evenly(own, mesh), shared, 0, 0, len(orders[0]))
+    shared = resident.replicate(data(), mesh)
+    state, record, alive = run(changing, shared, order, 0, 0, len(orders[0]))
     assert alive.all()
     evaluate = replicas.compile_evaluation(functools.partial(eval_step, model=model), mesh)
-    order = replicas.split_evenly(np.stack(orders), mesh)
-    sums = evaluate(({"params": state.params}, order), shared)
+    sums = evaluate({"params": state.params}, shared, order)
     assert sums["count"].tolist() == [16] * 3, "padding counts nowhere"
     single = parallel.compile_training(step)
     for i, seed in enumerate(SEEDS):
         start = jit(create)(jax.random.key(seed))
-        want, rows = single(start, empty(), data(), orders[i], 0, 0, len(orders[0]))
+        changing = (start, parallel.empty_metrics(len(orders[0])))
+        want, rows = single(changing, data(), orders[i], 0, 0, len(orders[0]))
         got = jax.tree.map(lambda x, i=i: x[i], (state.params, record))
         for mine, theirs in zip(
             jax.tree.leaves(got), jax.tree.leaves((want.params, rows)), strict=True
@@ -179,8 +181,8 @@ def lowered(form, asked):
     mesh = replicas.replica_mesh("1", len(SEEDS))
     step = step_of(replicas.choose_lowering(form, asked))
     run = replicas.compile_training(step, form, mesh)
-    begin = own(mesh)
-    args = (begin[:3], *begin[3:], replicas.to_all(data(), mesh), np.int32(0), np.int32(0))
+    changing, orders = own(mesh)
+    args = (changing, {}, resident.replicate(data(), mesh), orders, np.int32(0), np.int32(0))
     return run.jitted.lower(*args, length=np.int32(1)).as_text()
 
 

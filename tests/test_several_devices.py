@@ -4,7 +4,6 @@ import functools
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -12,6 +11,7 @@ import pytest
 from cifar_jax import feed, hardware, parallel, resident
 from cifar_jax.clock import Clock, compile_seconds
 from cifar_jax.models.layers import Dense, Dropout
+from cifar_jax.resident import Placement
 from cifar_jax.steps import create_state, eval_step, predict_step, train_step
 
 
@@ -37,24 +37,25 @@ def epoch_over(devices, split=False):
     mesh = hardware.data_mesh(devices)
     rng = np.random.default_rng(0)
     images, labels = rng.integers(0, 256, (50, 4, 4, 3), np.uint8), rng.integers(0, 5, 50)
-    data = feed.to_device(images, labels, hardware.everywhere(mesh))
-    tested = feed.to_device(images, labels)
+    data, tested = (resident.put(images, labels, where) for where in (mesh, None))
     if split:
-        tested = data = resident.put_split(images, labels, mesh)
-        assert data["image"].addressable_shards[0].data.shape == (-(-50 // devices), 4, 4, 3)
+        tested = data = resident.put(images, labels, mesh, Placement.SPLIT)
+        assert data.image.addressable_shards[0].data.shape == (-(-50 // devices), 4, 4, 3)
     order = feed.epoch_order(jax.random.key(0), 1, np.arange(50, dtype=np.int32), 13)
     program = parallel.compile_training(functools.partial(train_step, **SMALL), mesh=mesh)
-    state, record = (
-        create_state(SMALL["model"], SMALL["optimizer"], jax.random.key(1), image_shape=(4, 4, 3)),
-        parallel.empty_record(len(order)),
+    state = create_state(
+        SMALL["model"], SMALL["optimizer"], jax.random.key(1), image_shape=(4, 4, 3)
     )
+    changing = resident.replicate((state, parallel.empty_metrics(len(order))), mesh)
+    batch_indices = resident.replicate(order, mesh)
     compiled = []
     for start, length in ((0, 1), (1, 3)):
         before = compile_seconds()
-        state, record = program(state, record, data, jnp.asarray(order), start, start, length)
+        changing = program(changing, data, batch_indices, start, start, length)
         compiled.append(compile_seconds() - before)
     assert compiled[0] > 0
     assert compiled[1] == 0, "a state that is on the mesh already is no second program"
+    state, record = changing
     model = {"model": SMALL["model"]}
     variables = {"params": state.params}
     evaluate = parallel.compile_evaluation(functools.partial(eval_step, **model), mesh)

@@ -10,7 +10,7 @@ import optax
 import pytest
 from quick import jit
 
-from cifar_jax import averaging, feed, parallel
+from cifar_jax import averaging, feed, parallel, resident
 from cifar_jax.device_steps import shard_map_train_step
 from cifar_jax.errors import UserError
 from cifar_jax.models import MODELS
@@ -382,7 +382,7 @@ def whole_test_split(cifar10):
     model = MODELS["tutorial_cnn"]()
     state = jit(lambda key: create_state(model, optax.sgd(0.1), key))(jax.random.key(0))
     variables = inference_variables(state)
-    data = feed.to_device(split.images, split.labels)
+    data = resident.put(split.images, split.labels, None)
     run = parallel.compile_evaluation(functools.partial(eval_step, model=model))
     predict = jax.jit(functools.partial(predict_step, model=model))
     blocks = np.split(split.images, 20)

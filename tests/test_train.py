@@ -228,6 +228,10 @@ def test_a_data_set_too_large_for_a_device_gives_the_same_run(tiny, tmp_path, mo
     assert split["test_correct"] == whole["test_correct"]
     assert split["test_loss"] == pytest.approx(whole["test_loss"], rel=1e-5)
     assert rows_of(tmp_path / "split") == rows_of(tmp_path / "whole")
+    # A streamed chunk goes to the devices in parts as well.
+    streamed, _ = run(tiny, tmp_path / "stream", *arguments, "--feed", "stream")
+    assert streamed["feed"] == "stream"
+    assert_same_run(tmp_path / "stream", tmp_path / "whole")
 
 
 @pytest.mark.parametrize("length", [1, 5])
