@@ -8,6 +8,7 @@ import typing
 from collections.abc import Iterator, Sequence
 
 from cifar_jax.errors import UserError, lookup, nearest
+from cifar_jax.files import expanded
 from cifar_jax.models import MODELS
 from cifar_jax.recipes import MODEL_RECIPES, RECIPES, Recipe
 
@@ -104,6 +105,14 @@ def positive(text: str) -> int:
     return value
 
 
+def path(text: str) -> str:
+    """Parses the path of a file or folder. A shell leaves the `~` of `--option=~/a` to us."""
+    try:
+        return expanded(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 _HELP = {
     "model": "network; picks its own published recipe",
     "dataset": "cifar10, cifar100, shapes10 or any prepared tfds set of images",
@@ -165,8 +174,12 @@ def recipe_from(options: argparse.Namespace) -> tuple[str, Recipe]:
 def add_data_options(parser: Parser) -> None:
     """Adds where the images come from."""
     group = parser.add_argument_group("data")
-    group.add_argument("--data-dir", help="tfds directory (else TFDS_DATA_DIR, then ~/...)")
-    group.add_argument("--archive", help="cifar-10-*.tar.gz, or the extracted batches directory")
+    group.add_argument(
+        "--data-dir", type=path, help="tfds directory (else TFDS_DATA_DIR, then ~/...)"
+    )
+    group.add_argument(
+        "--archive", type=path, help="cifar-10-*.tar.gz, or the extracted batches directory"
+    )
     group.add_argument("--image-size", type=positive, help="resize images of another size to this")
     group.add_argument("--no-download", action="store_true", help="never go to the network")
 

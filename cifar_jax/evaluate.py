@@ -12,7 +12,9 @@ from cifar_jax.errors import run_command
 
 def make_parser() -> cli.Parser:
     parser = cli.Parser(prog="python -m cifar_jax.evaluate", description=__doc__)
-    parser.add_argument("run", help="a run directory, its checkpoints, or one checkpoint")
+    parser.add_argument(
+        "run", type=cli.path, help="a run directory, its checkpoints, or one checkpoint"
+    )
     parser.add_argument("--checkpoint", help="best, latest or a step (default: as the recipe says)")
     parser.add_argument("--dataset", help="another prepared set (default: the run's own)")
     parser.add_argument("--split", default="test", help="split to evaluate")

@@ -8,14 +8,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from cifar_jax import group_size, hosts, many_finish, records, replicas, together
+from cifar_jax import files, group_size, hosts, many_finish, records, replicas, together
 from cifar_jax.checks import check_first_forward
 from cifar_jax.clock import Clock
 from cifar_jax.errors import UserError
@@ -177,7 +176,7 @@ def train_groups(
         done = {"result": records.to_json(result), "seconds": clock.seconds(), "process": this}
         write_json(folder / DONE, done)
         for name in ("metrics.jsonl", "checkpoints"):
-            _remove(folder / name)
+            files.remove(folder / name)
         trained += 1
     signal = together.wait_for_all(stop)
     if signal:
@@ -195,10 +194,6 @@ def _config_of(run: Run, seed: int) -> Config:
 
 def _read(path: Path) -> dict:
     return json.loads(path.read_text(encoding="utf-8"))
-
-
-def _remove(path: Path) -> None:
-    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def _group_size(size: int, workdir: Path) -> int:

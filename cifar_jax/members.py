@@ -3,14 +3,13 @@ of its runs."""
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
 import numpy as np
 
-from cifar_jax import feed, finish, from_recipe, inference, records, replicas, steps
+from cifar_jax import feed, files, finish, from_recipe, inference, records, replicas, steps
 from cifar_jax.checkpoints import Checkpoints
 from cifar_jax.group import Group, Position
 from cifar_jax.run import Run
@@ -35,7 +34,7 @@ def write_members(training: Group, at: Position, workdir: Path) -> dict[int, int
     arrays = jax.device_put(at.arrays, jax.local_devices()[0])
     for i, member in enumerate(members):
         folder = folder_of(workdir, member)
-        shutil.rmtree(folder, ignore_errors=True)
+        files.remove(folder)
         folder.mkdir(parents=True)
         write_json(folder / "config.json", member.config.to_dict())
         with records.MetricsLog(folder / "metrics.jsonl") as log:

@@ -19,8 +19,12 @@ from cifar_jax.errors import UserError, run_command
 
 def make_parser() -> cli.Parser:
     parser = cli.Parser(prog="python -m cifar_jax.predict", description=__doc__)
-    parser.add_argument("run", help="a run directory, its checkpoints, or one checkpoint")
-    parser.add_argument("images", nargs="+", help="image files, folders, or quoted globs")
+    parser.add_argument(
+        "run", type=cli.path, help="a run directory, its checkpoints, or one checkpoint"
+    )
+    parser.add_argument(
+        "images", type=cli.path, nargs="+", help="image files, folders, or quoted globs"
+    )
     parser.add_argument("--checkpoint", help="best, latest or a step (default: as the recipe says)")
     parser.add_argument("--top-k", type=cli.positive, default=3, help="classes to show an image")
     parser.add_argument("--batch-size", type=cli.positive, default=256, help="images in a batch")
