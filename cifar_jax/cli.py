@@ -184,6 +184,16 @@ def add_data_options(parser: Parser) -> None:
     group.add_argument("--no-download", action="store_true", help="never go to the network")
 
 
+def add_test_fraction(parser: Parser) -> None:
+    """Adds what tests a set that has no test split."""
+    parser.add_argument(
+        "--test-fraction",
+        type=float,
+        default=0.0,
+        help="share of the training images held out as the test split of a set that has none",
+    )
+
+
 def add_device_options(parser: Parser) -> None:
     """Adds where and how it runs."""
     group = parser.add_argument_group("device")
@@ -273,12 +283,18 @@ def checkpoint_name(text: str | None) -> str | int | None:
     raise UserError(f"--checkpoint must be best, latest or a step, got {text!r}")
 
 
-def load_data(options: argparse.Namespace, name: str, splits: Sequence[str] = ("train", "test")):
+def load_data(
+    options: argparse.Namespace,
+    name: str,
+    splits: Sequence[str] = ("train", "test"),
+    test_fraction: float = 0.0,
+):
     """Loads the data set that the options name. Raises `UserError`."""
     from cifar_jax.datasets import load_dataset
 
     return load_dataset(
         name,
+        test_fraction=test_fraction,
         data_dir=options.data_dir,
         archive=options.archive,
         image_size=options.image_size,

@@ -60,6 +60,7 @@ def make_parser() -> cli.Parser:
     )
     cli.add_recipe_options(parser)
     cli.add_data_options(parser)
+    cli.add_test_fraction(parser)
     cli.add_device_options(parser)
     cli.add_host_options(parser)
     return parser
@@ -87,9 +88,9 @@ def stop_requests() -> Iterator:
 
 def _load(options, recipe, say):
     try:
-        return cli.load_data(options, recipe.dataset), recipe
+        return cli.load_data(options, recipe.dataset, test_fraction=options.test_fraction), recipe
     except UserError as error:
-        if not options.fallback_shapes10 or recipe.dataset == "shapes10":
+        if not options.fallback_shapes10 or recipe.dataset == "shapes10" or options.archive:
             raise
         say(f"NOTICE: {recipe.dataset} cannot be had ({error})")
         say("NOTICE: training on the built-in set shapes10 instead: drawn shapes, not photographs;")

@@ -42,7 +42,7 @@ class Config:
       recipe: all its settings, overrides included.
       seed: of weights, split, order, dropout and augmentation.
       dataset: `name`, `version`, `fingerprint`, `class_names`, `image_shape` and `sizes` (images
-        by split) of the data.
+        by split) of the data, and `test_fraction` where its test split was held out of `train`.
       seeds: of a directory of several runs, all their seeds (`seed` is the first); else empty.
       axes: of a sweep, which settings it varies and how; else None.
       init_from: of the weights it starts from where they are not drawn (`initial.Initial`):
@@ -90,6 +90,7 @@ def describe_data(dataset) -> dict:
         "class_names": list(dataset.class_names),
         "image_shape": list(dataset.splits["train"].images.shape[1:]),
         "sizes": {name: len(split) for name, split in dataset.splits.items()},
+        **({"test_fraction": dataset.test_fraction} if dataset.test_fraction else {}),
     }
 
 
@@ -127,8 +128,8 @@ def _check_data(data: dict) -> None:
         raise ValueError("a size in it is no positive whole number")
     if len(data["image_shape"]) != 3 or not all(isinstance(n, str) for n in data["class_names"]):
         raise ValueError("image_shape or class_names")
-    if not isinstance(data["name"], str):
-        raise ValueError("name")
+    if not isinstance(data["name"], str) or not isinstance(data.get("test_fraction", 0.0), float):
+        raise ValueError("name or test_fraction")
 
 
 def _check_init(init: dict | None) -> None:

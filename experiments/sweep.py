@@ -55,6 +55,7 @@ def make_parser() -> cli.Parser:
         option = f"--{field.name.replace('_', '-')}"
         group.add_argument(option, metavar="AXIS", default=argparse.SUPPRESS)
     cli.add_data_options(parser)
+    cli.add_test_fraction(parser)
     cli.add_device_options(parser)
     cli.add_host_options(parser)
     return parser
@@ -117,7 +118,7 @@ def _main(options, name: str, recipe: Recipe, varied, points, words: Sequence[st
     from cifar_jax.train import stop_requests
     from cifar_jax.workdir import Config, describe_data
 
-    dataset = cli.load_data(options, recipe.dataset)
+    dataset = cli.load_data(options, recipe.dataset, test_fraction=options.test_fraction)
     config = Config(
         name,
         recipe,

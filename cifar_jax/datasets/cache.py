@@ -162,9 +162,6 @@ def _fill(new: Path, prepared: PreparedSet, split: str, size: int | None) -> dic
             f"split {split!r} of {prepared.directory} has labels from {labels.min()} to "
             f"{labels.max()}, the set declares {classes} classes: use a labelled split"
         )
-    digest = hashlib.sha256("\0".join(prepared.class_names).encode())
-    digest.update(arrays["images"].data)
-    digest.update(arrays["labels"].data)
     return {
         "name": prepared.name,
         "version": prepared.version,
@@ -174,7 +171,7 @@ def _fill(new: Path, prepared: PreparedSet, split: str, size: int | None) -> dic
         "keys": prepared.keys,
         "file_format": prepared.file_format,
         "directory": str(prepared.directory),
-        "sha256": digest.hexdigest(),
+        "sha256": fingerprint(prepared.class_names, arrays["images"], labels),
         "files": {
             array: {
                 "bytes": (new / f"{array}.npy").stat().st_size,
@@ -183,6 +180,14 @@ def _fill(new: Path, prepared: PreparedSet, split: str, size: int | None) -> dic
             for array in _ARRAYS
         },
     }
+
+
+def fingerprint(class_names: tuple[str, ...], images: np.ndarray, labels: np.ndarray) -> str:
+    """Returns the digest of a split: its class names, uint8 pixels and labels."""
+    digest = hashlib.sha256("\0".join(class_names).encode())
+    digest.update(images.data)
+    digest.update(np.asarray(labels, np.int32).data)
+    return digest.hexdigest()
 
 
 def _reserve(path: Path, shape: tuple[int, ...], dtype: str) -> None:

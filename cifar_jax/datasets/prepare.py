@@ -44,7 +44,7 @@ def prepare(
       UserError: no data to be had, a damaged archive, no space, or a directory not writable.
     """
     lookup(dict.fromkeys(BUILT_IN), name, "data set")
-    root = locate.prepare_dir(data_dir)
+    root = locate.prepare_dir(locate.search_dirs(data_dir))
     if archive is not None and name not in ARCHIVES:
         raise UserError(f"{name} is drawn, not read: leave --archive out")
     try:
