@@ -41,6 +41,7 @@ import jax
 
 from cifar_jax import leaves, manifests
 from cifar_jax.errors import UserError
+from cifar_jax.files import absolute
 from cifar_jax.manifests import best_step, latest_step, locate, steps
 from cifar_jax.restoring import Restored, cause_of, checkpointer, restore, restore_noting
 
@@ -85,7 +86,7 @@ class Checkpoints:
     def __init__(self, directory: str | os.PathLike, *, keep_latest: int = 2):
         if keep_latest < 1:
             raise UserError(f"keep_latest is {keep_latest}; at least one checkpoint must be kept")
-        self.directory = Path(directory).absolute()  # Orbax takes absolute paths only
+        self.directory = absolute(directory)  # Orbax takes absolute paths only
         self.keep_latest = keep_latest
         try:
             self.directory.mkdir(parents=True, exist_ok=True)

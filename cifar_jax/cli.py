@@ -8,6 +8,7 @@ import typing
 from collections.abc import Iterator, Sequence
 
 from cifar_jax.errors import UserError, lookup, nearest
+from cifar_jax.files import expanded
 from cifar_jax.models import MODELS
 from cifar_jax.recipes import MODEL_RECIPES, RECIPES, Recipe, option_of
 
@@ -104,6 +105,14 @@ def positive(text: str) -> int:
     return value
 
 
+def path(text: str) -> str:
+    """Parses the path of a file or folder. A shell leaves the `~` of `--option=~/a` to us."""
+    try:
+        return expanded(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def add_recipe_options(parser: Parser) -> None:
     """Adds `--recipe`, `--model` and an option for every other field of a recipe."""
     group = parser.add_argument_group("recipe", "the default of each option is the recipe's value")
@@ -140,10 +149,24 @@ def recipe_from(options: argparse.Namespace) -> tuple[str, Recipe]:
 def add_data_options(parser: Parser) -> None:
     """Adds where the images come from."""
     group = parser.add_argument_group("data")
-    group.add_argument("--data-dir", help="tfds directory (else TFDS_DATA_DIR, then ~/...)")
-    group.add_argument("--archive", help="cifar-10-*.tar.gz, or the extracted batches directory")
+    group.add_argument(
+        "--data-dir", type=path, help="tfds directory (else TFDS_DATA_DIR, then ~/...)"
+    )
+    group.add_argument(
+        "--archive", type=path, help="cifar-10-*.tar.gz, or the extracted batches directory"
+    )
     group.add_argument("--image-size", type=positive, help="resize images of another size to this")
     group.add_argument("--no-download", action="store_true", help="never go to the network")
+
+
+def add_test_fraction(parser: Parser) -> None:
+    """Adds what tests a set that has no test split."""
+    parser.add_argument(
+        "--test-fraction",
+        type=float,
+        default=0.0,
+        help="share of the training images held out as the test split of a set that has none",
+    )
 
 
 def add_device_options(parser: Parser) -> None:
@@ -235,12 +258,18 @@ def checkpoint_name(text: str | None) -> str | int | None:
     raise UserError(f"--checkpoint must be best, latest or a step, got {text!r}")
 
 
-def load_data(options: argparse.Namespace, name: str, splits: Sequence[str] = ("train", "test")):
+def load_data(
+    options: argparse.Namespace,
+    name: str,
+    splits: Sequence[str] = ("train", "test"),
+    test_fraction: float = 0.0,
+):
     """Loads the data set that the options name. Raises `UserError`."""
     from cifar_jax.datasets import load_dataset
 
     return load_dataset(
         name,
+        test_fraction=test_fraction,
         data_dir=options.data_dir,
         archive=options.archive,
         image_size=options.image_size,

@@ -18,8 +18,10 @@ from cifar_jax.errors import run_command
 
 def make_parser() -> cli.Parser:
     parser = cli.Parser(prog="python -m cifar_jax.convert", description=__doc__)
-    parser.add_argument("source", help="a run directory, a checkpoint in one, or a file of weights")
-    parser.add_argument("out", help="file to write: .safetensors, .pth or .pt")
+    parser.add_argument(
+        "source", type=cli.path, help="a run directory, a checkpoint in one, or a file of weights"
+    )
+    parser.add_argument("out", type=cli.path, help="file to write: .safetensors, .pth or .pt")
     parser.add_argument("--checkpoint", help="best, latest or a step (default: as the recipe says)")
     parser.add_argument("--overwrite", action="store_true", help="replace the file if it is there")
     return parser

@@ -20,6 +20,11 @@ class UserError(Exception):
     """
 
 
+def notice(message: str) -> None:
+    """Prints one line for the user on stderr."""
+    print(f"cifar_jax: {message}", file=sys.stderr, flush=True)
+
+
 def nearest(name: str, valid: Iterable[str]) -> str:
     """Returns `valid: a, b, c` with a `did you mean` in front where one name is close."""
     names = sorted(valid)

@@ -7,20 +7,55 @@ import sys
 from collections.abc import Sequence
 
 from cifar_jax import cli
-from cifar_jax.errors import run_command
+from cifar_jax.errors import UserError, run_command
 
 
 def make_parser() -> cli.Parser:
     parser = cli.Parser(prog="python -m cifar_jax.evaluate", description=__doc__)
-    parser.add_argument("run", help="a run directory, its checkpoints, or one checkpoint")
+    parser.add_argument(
+        "run", type=cli.path, help="a run directory, its checkpoints, or one checkpoint"
+    )
     parser.add_argument("--checkpoint", help="best, latest or a step (default: as the recipe says)")
     parser.add_argument("--dataset", help="another prepared set (default: the run's own)")
-    parser.add_argument("--split", default="test", help="split to evaluate")
+    parser.add_argument(
+        "--split", default="test", help="split to evaluate; validation is what the run held out"
+    )
     parser.add_argument("--batch-size", type=cli.positive, default=500, help="images in a batch")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     cli.add_data_options(parser)
     cli.add_device_options(parser)
     return parser
+
+
+def _load(options, config):
+    """Returns the data set and the split in it that the options name, of a run's config.
+
+    Raises:
+      UserError: no such data or split, or other images than those the run held out.
+    """
+    own = config.dataset
+    name = options.dataset or own["name"]
+    fraction = own.get("test_fraction", 0.0) if name == own["name"] else 0.0
+    held_out = options.split == "validation" and config.recipe.validation_fraction
+    splits = tuple(own["sizes"]) if held_out else (options.split,)
+    try:
+        dataset = cli.load_data(options, name, splits=splits, test_fraction=fraction)
+    except UserError as error:
+        if options.split != "validation" or held_out:
+            raise
+        raise UserError(f"this run held out no validation images, and {error}") from None
+    if not held_out:
+        return dataset, dataset.splits[options.split]
+    if dataset.fingerprint != own["fingerprint"]:
+        raise UserError(
+            "the validation images are those that the run held out of its own training images; "
+            f"{dataset.source} holds others"
+        )
+    from cifar_jax.datasets import Split
+    from cifar_jax.run import drawn
+
+    train, (_, _, chosen) = dataset.splits["train"], drawn(config)
+    return dataset, Split(train.images[chosen], train.labels[chosen])
 
 
 def main(arguments: Sequence[str] | None = None, say=print) -> dict:
@@ -32,13 +67,11 @@ def main(arguments: Sequence[str] | None = None, say=print) -> dict:
     trained = inference.load(
         options.run, cli.checkpoint_name(options.checkpoint), lowering=options.conv
     )
-    name = options.dataset or trained.config.dataset["name"]
     side = trained.config.dataset["image_shape"][0]
     if options.image_size is None and side != 32:
         options.image_size = side
-    dataset = cli.load_data(options, name, splits=(options.split,))
+    dataset, split = _load(options, trained.config)
     inference.check_fits(trained, dataset)
-    split = dataset.splits[options.split]
     found, _ = inference.evaluate_split(
         *inference.programs(trained, options.devices, options.batch_size),
         trained.variables,

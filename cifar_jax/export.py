@@ -28,8 +28,10 @@ OPSET = 21
 
 def make_parser() -> cli.Parser:
     parser = cli.Parser(prog="python -m cifar_jax.export", description=__doc__)
-    parser.add_argument("run", help="a run directory, its checkpoints, or one checkpoint")
-    parser.add_argument("out", help="file to write; OUT.json is written beside it")
+    parser.add_argument(
+        "run", type=cli.path, help="a run directory, its checkpoints, or one checkpoint"
+    )
+    parser.add_argument("out", type=cli.path, help="file to write; OUT.json is written beside it")
     parser.add_argument("--checkpoint", help="best, latest or a step (default: as the recipe says)")
     parser.add_argument("--format", help="stablehlo or onnx (default: by the ending of OUT)")
     parser.add_argument("--overwrite", action="store_true", help="replace files that are there")

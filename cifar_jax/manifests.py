@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from cifar_jax.errors import UserError
+from cifar_jax.files import absolute, replacing
 
 MANIFEST = "checkpoint.json"
 _FOLDER = re.compile(r"(\d+)(?:\.(\d+))?")
@@ -51,12 +52,8 @@ def write(folder: Path, body: dict[str, Any]) -> None:
     paths = sorted(path for path in (folder / "state").rglob("*") if path.is_file())
     files = {path.relative_to(folder).as_posix(): _file_digest(path) for path in paths}
     body = {"format": 1, **body, "files": files}
-    part = folder / f"{MANIFEST}.part"
-    with open(part, "w") as file:
-        json.dump({"crc32": _checksum(body), "body": body}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    part.rename(folder / MANIFEST)
+    with replacing(folder / MANIFEST) as part:
+        part.write_text(json.dumps({"crc32": _checksum(body), "body": body}))
 
 
 def read(folder: Path) -> dict[str, Any]:
@@ -193,7 +190,7 @@ def locate(path: str | os.PathLike, which: str | int = "latest") -> tuple[Path, 
     Raises:
       UserError: there is no such path, or no checkpoint in it.
     """
-    path = Path(path).absolute()
+    path = absolute(path)
     if not path.exists():
         raise UserError(f"{path} does not exist; give a run directory or a checkpoint in one")
     if not path.is_dir():

@@ -8,14 +8,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from cifar_jax import group_size, hosts, many_finish, records, replicas, together
+from cifar_jax import files, group_size, hosts, many_finish, records, replicas, together
 from cifar_jax.checks import check_first_forward
 from cifar_jax.clock import Clock
 from cifar_jax.errors import UserError
@@ -180,8 +179,8 @@ class Groups:
             result = self.work(TrainedGroup(group, at, loop.rows()))
         result, process = records.to_json(result), hosts.index()
         write_json(file, {"result": result, "seconds": clock.seconds(), "process": process})
-        (file.parent / "metrics.jsonl").unlink(missing_ok=True)
-        shutil.rmtree(file.parent / "checkpoints", ignore_errors=True)
+        for name in ("metrics.jsonl", "checkpoints"):
+            files.remove(file.parent / name)
 
 
 def train_and_test(

@@ -4,7 +4,6 @@ of its runs."""
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import numpy as np
 
 from cifar_jax import (
     feed,
+    files,
     finish,
     from_recipe,
     inference,
@@ -58,7 +58,7 @@ def write_members(trained: TrainedGroup, workdir: Path) -> dict[int, int]:
     states = jax.device_put(states, jax.local_devices()[0])
     for i, member in enumerate(members):
         folder = folder_of(workdir, member)
-        shutil.rmtree(folder, ignore_errors=True)
+        files.remove(folder)
         folder.mkdir(parents=True)
         write_json(folder / "config.json", member.config.to_dict())
         with records.MetricsLog(folder / "metrics.jsonl") as log:

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import glob
 import json
+import os
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 
@@ -19,8 +22,12 @@ from cifar_jax.errors import UserError, run_command
 
 def make_parser() -> cli.Parser:
     parser = cli.Parser(prog="python -m cifar_jax.predict", description=__doc__)
-    parser.add_argument("run", help="a run directory, its checkpoints, or one checkpoint")
-    parser.add_argument("images", nargs="+", help="image files, folders, or quoted globs")
+    parser.add_argument(
+        "run", type=cli.path, help="a run directory, its checkpoints, or one checkpoint"
+    )
+    parser.add_argument(
+        "images", type=cli.path, nargs="+", help="image files, folders, or quoted globs"
+    )
     parser.add_argument("--checkpoint", help="best, latest or a step (default: as the recipe says)")
     parser.add_argument("--top-k", type=cli.positive, default=3, help="classes to show an image")
     parser.add_argument("--batch-size", type=cli.positive, default=256, help="images in a batch")
@@ -29,38 +36,65 @@ def make_parser() -> cli.Parser:
     return parser
 
 
-def find_images(names: Sequence[str]) -> list[Path]:
-    """Returns the files that paths, folders (searched to any depth) and globs name.
-
-    Raises:
-      UserError: a name that matches nothing, or a folder without images.
-    """
+def find_images(names: Sequence[str]) -> tuple[list[Path], list[str]]:
+    """Returns the files that paths, folders (searched to any depth, through links too) and globs
+    name, hidden ones only by themselves; and a line for each name that gives nothing, and each
+    folder that cannot be entered."""
     found: list[Path] = []
+    bad: list[str] = []
     for name in names:
         try:
-            found += _matches(name)
+            found += _matches(name, bad)
+        except UserError as error:
+            bad.append(str(error))
         except OSError as error:  # a name too long, a folder that may not be entered
-            raise UserError(f"cannot look for the image {name}: {error.strerror}") from None
-    return found
+            bad.append(f"cannot look for the image {name}: {error.strerror}")
+    return found, bad
 
 
-def _matches(name: str) -> list[Path]:
-    from PIL import Image
-
-    path = Path(name).expanduser()
+def _matches(name: str, bad: list[str]) -> list[Path]:
+    path = Path(name)
     if path.is_dir():
-        # Not every format that Pillow writes (PDF) can it read.
-        endings = {end for end, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-        inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in endings and p.is_file())
+        inside = _images_in(path, bad)
         if not inside:
             raise UserError(f"no images in the folder {name}")
         return inside
     if path.exists():
         return [path]
-    matches = [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]
-    if not any(match.is_file() for match in matches):
+    folder = next(parent for parent in path.parents if parent.is_dir())  # [ is itself in its name
+    rest = str(path.relative_to(folder))
+    matches = glob.glob(os.path.join(glob.escape(str(folder)), rest), recursive=True)
+    found: dict[str, Path] = {}
+    for match in sorted(map(Path, matches), key=lambda match: (len(match.parts), match)):
+        if match.is_file():  # links may lead `**` in circles
+            found.setdefault(os.path.join(os.path.realpath(match.parent), match.name), match)
+    if not found:
         raise UserError(f"no such image: {name}")
-    return [match for match in matches if match.is_file()]
+    return sorted(found.values())
+
+
+def _images_in(folder: Path, bad: list[str]) -> list[Path]:
+    """Returns the images in a folder; one that links lead to again is searched once."""
+    from PIL import Image
+
+    # Not every format that Pillow writes (PDF) can it read.
+    endings = {end for end, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    found, searched = [], set()
+
+    def refused(error: OSError) -> None:
+        bad.append(f"cannot look for images in {error.filename}: {error.strerror}")
+
+    for place, folders, files in os.walk(folder, followlinks=True, onerror=refused):
+        real = os.path.realpath(place)
+        if real in searched:
+            folders.clear()
+            continue
+        searched.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        folders.sort(key=lambda name: os.path.islink(os.path.join(place, name)))
+        paths = [Path(place, name) for name in files if not name.startswith(".")]
+        found += [path for path in paths if path.suffix.lower() in endings and path.is_file()]
+    return sorted(found)
 
 
 def read_image(path: Path, height: int, width: int) -> np.ndarray:
@@ -73,9 +107,13 @@ def read_image(path: Path, height: int, width: int) -> np.ndarray:
     """
     from PIL import Image, ImageOps
 
+    from cifar_jax.datasets.decode import open_image
+
     try:
-        with Image.open(path) as opened:
-            image = _eight_bits(ImageOps.exif_transpose(opened), opened.format)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of what is broken beside the pixels
+            opened = open_image(path.read_bytes())
+            image = _eight_bits(_upright(opened), opened.format)
             if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
                 image = image.convert("RGBA")
                 white = Image.new("RGBA", image.size, "white")
@@ -84,6 +122,26 @@ def read_image(path: Path, height: int, width: int) -> np.ndarray:
             return np.asarray(image)
     except Exception as error:  # damaged files make Pillow raise nearly anything
         raise UserError(f"cannot read the image {path}: {error or type(error).__name__}") from None
+
+
+def _upright(image):
+    """Turns an image as its EXIF says, where that can be read; nothing else in there counts."""
+    from PIL.Image import Transpose
+
+    turns = {
+        2: Transpose.FLIP_LEFT_RIGHT,
+        3: Transpose.ROTATE_180,
+        4: Transpose.FLIP_TOP_BOTTOM,
+        5: Transpose.TRANSPOSE,
+        6: Transpose.ROTATE_270,
+        7: Transpose.TRANSVERSE,
+        8: Transpose.ROTATE_90,
+    }
+    try:
+        turn = turns.get(image.getexif().get(0x0112))
+    except Exception:  # damage makes Pillow raise nearly anything
+        turn = None
+    return image if turn is None else image.transpose(turn)
 
 
 # What Pillow opens as 32-bit integers (mode I) although it has 16 bits.
@@ -108,11 +166,17 @@ def _eight_bits(image, kind: str):
 
 
 def main(arguments: Sequence[str] | None = None, say=print) -> list[dict]:
-    """Parses, classifies, prints. Returns a result for each image. Raises `UserError`."""
+    """Parses, classifies, prints. Returns a result for each image.
+
+    Raises:
+      UserError: an image could not be found or read; the others have been classified.
+    """
     options = make_parser().parse(arguments)
     from cifar_jax import inference
 
-    paths = find_images(options.images)
+    paths, bad = find_images(options.images)
+    if not paths:
+        _refuse(bad)
     cli.start_device(options)
     trained = inference.load(
         options.run, cli.checkpoint_name(options.checkpoint), lowering=options.conv
@@ -124,10 +188,17 @@ def main(arguments: Sequence[str] | None = None, say=print) -> list[dict]:
     _, predict = inference.programs(trained, options.devices, size)
     names, results = trained.class_names, []
     for start in range(0, len(paths), size):
-        chosen = paths[start : start + size]
+        chosen = []
         batch = np.zeros((1, size, height, width, 3), np.uint8)
-        for i, path in enumerate(chosen):
-            batch[0, i] = read_image(path, height, width)
+        for path in paths[start : start + size]:
+            try:
+                batch[0, len(chosen)] = read_image(path, height, width)
+            except UserError as error:
+                bad.append(str(error))
+            else:
+                chosen.append(path)
+        if not chosen:
+            continue
         logits = np.asarray(predict(trained.variables, batch), np.float64)[0, : len(chosen)]
         shares = np.exp(logits - logits.max(axis=1, keepdims=True))
         shares /= shares.sum(axis=1, keepdims=True)
@@ -140,7 +211,17 @@ def main(arguments: Sequence[str] | None = None, say=print) -> list[dict]:
             else:
                 shown = ", ".join(f"{c['class']} {100 * c['probability']:.1f} %" for c in classes)
                 say(f"{path}: {shown}")
+    if bad:
+        _refuse(bad)
     return results
+
+
+def _refuse(bad: Sequence[str]) -> NoReturn:
+    """Says what could not be used, at the end, where it is seen. Raises `UserError`."""
+    for line in bad[:-1]:
+        print(f"warning: {line}", file=sys.stderr)
+    more = f"; {len(bad)} in all could not be read" if len(bad) > 1 else ""
+    raise UserError(f"{bad[-1]}{more}")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from cifar_jax.download import Unreachable, download, matches
 from cifar_jax.errors import UserError
+from cifar_jax.files import absolute, user_cache
 from cifar_jax.weight_files import ENDINGS
 
 # model -> name of the weights -> address.
@@ -23,10 +24,10 @@ PUBLISHED: dict[str, dict[str, str]] = {
 
 def cache_dir() -> Path:
     """Returns `torch.hub`'s folder of weights: under `$TORCH_HOME`, else `$XDG_CACHE_HOME/torch`,
-    else `~/.cache/torch`."""
-    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    home = os.environ.get("TORCH_HOME") or os.path.join(cache, "torch")
-    return Path(home).expanduser().absolute() / "hub" / "checkpoints"
+    else `~/.cache/torch`. Raises `UserError` where there is no home directory and it takes one."""
+    home = os.environ.get("TORCH_HOME")
+    home = absolute(home) if home else (user_cache() or absolute("~/.cache")) / "torch"
+    return home / "hub" / "checkpoints"
 
 
 def find(model: str, weights: str, *, may_download: bool = True, progress: bool = True) -> Path:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
 import re
 import sys
 import warnings
@@ -12,21 +11,28 @@ from pathlib import Path
 
 import jax
 
+from cifar_jax.errors import notice
+from cifar_jax.files import user_cache
+
 # What JAX warns of, once for each program (jax/_src/compiler.py of 0.10).
 _FAILED = re.compile(
     r"Error (reading|writing) persistent compilation cache entry for '(.+?)': (.*)"
 )
 
 
-def enable() -> str:
-    """Turns the cache on for this process, in the user's cache directory; returns the directory.
+def enable() -> str | None:
+    """Turns the cache on for this process, in the user's cache directory; returns the directory,
+    None where there is no home directory to have it in.
 
     Small programs are kept too: a run starts with some twenty of them, a second's compiling.
     A directory the user set (`JAX_COMPILATION_CACHE_DIR`) wins. Damaged entries are removed.
     """
     if jax.config.jax_compilation_cache_dir is None:
-        base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-        jax.config.update("jax_compilation_cache_dir", os.path.join(base, "cifar_jax", "xla"))
+        base = user_cache()
+        if base is None:
+            notice("no home directory is known (HOME): compiled programs are not kept")
+            return None
+        jax.config.update("jax_compilation_cache_dir", str(base / "cifar_jax" / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     _mend()
     return jax.config.jax_compilation_cache_dir

@@ -11,6 +11,7 @@ import jax
 
 from cifar_jax import leaves, manifests
 from cifar_jax.errors import UserError
+from cifar_jax.files import absolute
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +95,7 @@ def restore(
       UserError: no checkpoint, none intact (each with what is wrong), none with a metric for
         "best", or one of another structure, shape or dtype.
     """
-    return restore_noting(Path(directory).absolute(), abstract_state, which)[0]
+    return restore_noting(absolute(directory), abstract_state, which)[0]
 
 
 def restore_noting(

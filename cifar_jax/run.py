@@ -86,7 +86,7 @@ class Run:
     def with_config(self, config: Config) -> Run:
         """Returns the run of a config that differs in its seed, and perhaps in numbers that
         change no program, with the same compiled programs."""
-        keys, training, validation = _drawn(config)
+        keys, training, validation = drawn(config)
         return dataclasses.replace(
             self, config=config, keys=keys, training=training, validation=validation
         )
@@ -117,7 +117,7 @@ def make_run(config: Config, dataset: Dataset, options: Options, clock: Clock) -
     lookup(augment.NORMALIZATIONS, recipe.normalize, "normalization")
     for name in recipe.augment:
         lookup(augment.AUGMENTATIONS, name, "augmentation")
-    keys, training, validation = _drawn(config)
+    keys, training, validation = drawn(config)
     feed.check_batch_size(recipe.batch_size, len(training))
     model = model_of(recipe, len(dataset.class_names), options.lowering)
     image_shape = dataset.splits["train"].images.shape[1:]
@@ -157,7 +157,7 @@ def make_run(config: Config, dataset: Dataset, options: Options, clock: Clock) -
     )
 
 
-def _drawn(config: Config) -> tuple[dict[str, jax.Array], np.ndarray, np.ndarray]:
+def drawn(config: Config) -> tuple[dict[str, jax.Array], np.ndarray, np.ndarray]:
     """What a run's seed decides before its first step: keys, training and validation images."""
     keys = feed.run_keys(config.seed)
     size = config.dataset["sizes"]["train"]

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from cifar_jax import cli
 from cifar_jax.errors import UserError, nearest, run_command
+from cifar_jax.files import absolute
 
 DEFAULT_SEED = 42
 
@@ -28,15 +29,19 @@ def make_parser() -> cli.Parser:
         help=f"of everything random (default: {DEFAULT_SEED})",
     )
     cli.add_replica_options(parser)
-    parser.add_argument("--workdir", help="run directory; resumes by itself (default: runs/...)")
+    parser.add_argument(
+        "--workdir", type=cli.path, help="run directory; resumes by itself (default: runs/...)"
+    )
     parser.add_argument("--overwrite", action="store_true", help="start anew in a used workdir")
     parser.add_argument(
         "--init-from",
+        type=cli.path,
         metavar="FILE|WORKDIR",
         help="start from these weights: .safetensors, .pth, .pt, or another run's",
     )
     parser.add_argument(
         "--pretrained",
+        type=cli.path,
         metavar="imagenet|FILE",
         help="start from published weights, downloaded once, or from such a file",
     )
@@ -55,6 +60,7 @@ def make_parser() -> cli.Parser:
     )
     cli.add_recipe_options(parser)
     cli.add_data_options(parser)
+    cli.add_test_fraction(parser)
     cli.add_device_options(parser)
     cli.add_host_options(parser)
     return parser
@@ -103,9 +109,9 @@ def interruptible(command: str, words: Sequence[str], say) -> Iterator:
 
 def _load(options, recipe, say):
     try:
-        return cli.load_data(options, recipe.dataset), recipe
+        return cli.load_data(options, recipe.dataset, test_fraction=options.test_fraction), recipe
     except UserError as error:
-        if not options.fallback_shapes10 or recipe.dataset == "shapes10":
+        if not options.fallback_shapes10 or recipe.dataset == "shapes10" or options.archive:
             raise
         say(f"NOTICE: {recipe.dataset} cannot be had ({error})")
         say("NOTICE: training on the built-in set shapes10 instead: drawn shapes, not photographs;")
@@ -170,7 +176,7 @@ def _main(options, recipe_name, recipe, words: Sequence[str], say) -> dict:
     seeds = options.seeds or ()
     seed = seeds[0] if seeds else getattr(options, "seed", DEFAULT_SEED)
     config = Config(recipe_name, recipe, seed, describe_data(dataset), seeds=seeds)
-    workdir = Path(options.workdir or _default_workdir(config)).absolute()
+    workdir = absolute(options.workdir or _default_workdir(config))
     run_options = Options(
         feed=options.feed,
         lowering=options.conv,

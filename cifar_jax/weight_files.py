@@ -11,7 +11,6 @@ import dataclasses
 import hashlib
 import os
 import re
-import tempfile
 import warnings
 import zipfile
 from collections.abc import Mapping
@@ -20,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from cifar_jax import files
 from cifar_jax.errors import UserError
 from cifar_jax.torch_weights import unwrap
 
@@ -110,21 +110,12 @@ def replacing(path: str | os.PathLike, *, overwrite: bool = False):
     """
     path = Path(path)
     check_target(path, overwrite)
-    temporary = None
     try:
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        os.close(handle)
-        yield Path(temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
+        with files.replacing(path) as temporary:
+            yield temporary
+            os.chmod(temporary, 0o666 & ~_umask())
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from None
-    finally:
-        if temporary is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
 
 
 def check_target(path: str | os.PathLike, overwrite: bool) -> None:

@@ -15,15 +15,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import os
-import shutil
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 
-from cifar_jax.errors import UserError
+from cifar_jax import files
+from cifar_jax.errors import UserError, notice
 from cifar_jax.recipes import Recipe
 
 FORMAT = 1
@@ -43,7 +42,7 @@ class Config:
       recipe: all its settings, overrides included.
       seed: of weights, split, order, dropout and augmentation.
       dataset: `name`, `version`, `fingerprint`, `class_names`, `image_shape` and `sizes` (images
-        by split) of the data.
+        by split) of the data, and `test_fraction` where its test split was held out of `train`.
       seeds: of a directory of several runs, all their seeds (`seed` is the first); else empty.
       axes: of a sweep, which settings it varies and how; else None.
       init_from: of the weights it starts from where they are not drawn (`initial.Initial`):
@@ -91,6 +90,7 @@ def describe_data(dataset) -> dict:
         "class_names": list(dataset.class_names),
         "image_shape": list(dataset.splits["train"].images.shape[1:]),
         "sizes": {name: len(split) for name, split in dataset.splits.items()},
+        **({"test_fraction": dataset.test_fraction} if dataset.test_fraction else {}),
     }
 
 
@@ -128,8 +128,8 @@ def _check_data(data: dict) -> None:
         raise ValueError("a size in it is no positive whole number")
     if len(data["image_shape"]) != 3 or not all(isinstance(n, str) for n in data["class_names"]):
         raise ValueError("image_shape or class_names")
-    if not isinstance(data["name"], str):
-        raise ValueError("name")
+    if not isinstance(data["name"], str) or not isinstance(data.get("test_fraction", 0.0), float):
+        raise ValueError("name or test_fraction")
 
 
 def _check_init(init: dict | None) -> None:
@@ -183,12 +183,21 @@ def _check_usable(path: Path) -> None:
     try:
         if path.exists() and not path.is_dir():
             raise UserError(f"--workdir {path} is a file; name a directory")
-        path.mkdir(parents=True, exist_ok=True)
+        files.make_folder(path)
         probe = path / f".write-{os.getpid()}"
         probe.touch()
         probe.unlink()
     except OSError as error:
         raise UserError(f"--workdir {path} cannot be written: {error.strerror}") from None
+
+
+def _delete(target: Path) -> None:
+    if target.is_symlink():
+        notice(f"{target} is a link: deleted; what it points to, {os.readlink(target)}, is left")
+    try:
+        files.remove(target)
+    except OSError as error:
+        raise UserError(f"--overwrite cannot delete {target}: {error.strerror}") from None
 
 
 def _check_contents(path: Path, overwrite: bool) -> None:
@@ -222,7 +231,7 @@ def open_workdir(path: Path | str, config: Config, *, overwrite: bool = False) -
       UserError: it is a file, not writable, in use, holds other files, or holds another run
         (the message lists the differences) and `overwrite` is False.
     """
-    path = Path(path).absolute()
+    path = files.absolute(path)
     _check_usable(path)
     with _locked(path):
         for pattern in (".config.json.*", ".summary.json.*", ".write-*"):  # of killed processes
@@ -233,7 +242,7 @@ def open_workdir(path: Path | str, config: Config, *, overwrite: bool = False) -
             # The config goes last: killed half-way, the directory is still known as a run's.
             members = list(path.glob(_OWN_PATTERN))
             for target in [*members, *(path / name for name in reversed(_OWN_NAMES))]:
-                shutil.rmtree(target) if target.is_dir() else target.unlink(missing_ok=True)
+                _delete(target)
         resume = (path / "config.json").exists()
         if resume:
             found = differences(read_config(path), config)
@@ -249,15 +258,14 @@ def open_workdir(path: Path | str, config: Config, *, overwrite: bool = False) -
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    try:
-        lock = open(path / ".lock", "w")  # noqa: SIM115 - closed below
-    except OSError as error:
-        raise UserError(f"--workdir {path} cannot be written: {error.strerror}") from None
-    with lock:
+    def refuse() -> None:
+        raise UserError(f"--workdir {path} is in use by another process")
+
+    with contextlib.ExitStack() as held:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"--workdir {path} is in use by another process") from None
+            held.enter_context(files.lock(path / ".lock", refuse))
+        except OSError as error:
+            raise UserError(f"--workdir {path} cannot be written: {error.strerror}") from None
         yield
 
 
@@ -267,15 +275,9 @@ def write_json(path: Path, values: dict) -> None:
     Raises:
       UserError: the disk is full or the file cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    text = json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False)
     try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            json.dump(values, file, indent=2, ensure_ascii=False, allow_nan=False)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with files.replacing(path) as temporary:
+            temporary.write_text(text + "\n", encoding="utf-8")
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
         raise UserError(f"cannot write {path}: {error.strerror}") from None

@@ -73,8 +73,10 @@ def main(arguments: Sequence[str] | None = None) -> dict:
     parser.add_argument("--recipe", default="tutorial", help="its name")
     parser.add_argument("--epochs", type=cli.positive, help="in place of the recipe's")
     parser.add_argument("--seeds", type=cli.seeds, default="0:8", help="0:8 is 0 to 7")
-    parser.add_argument("--runs", default="runs/lowerings", help="where run directories go")
-    parser.add_argument("--out", default=str(RESULTS), help="where the table goes")
+    parser.add_argument(
+        "--runs", type=cli.path, default="runs/lowerings", help="where run directories go"
+    )
+    parser.add_argument("--out", type=cli.path, default=str(RESULTS), help="where the table goes")
     cli.add_data_options(parser)
     options = parser.parse(arguments)
     recipe = lookup(RECIPES, options.recipe, "recipe")

@@ -145,8 +145,10 @@ def main(arguments: Sequence[str] | None = None) -> dict:
     parser = cli.Parser(prog="python -m experiments.reproduce", description=__doc__)
     parser.add_argument("--recipes", type=cli.names, default=tuple(PUBLISHED), help="a,b,c")
     parser.add_argument("--seeds", type=cli.seeds, default="0:8", help="0:8 is 0 to 7")
-    parser.add_argument("--runs", default="runs/reproduce", help="where run directories go")
-    parser.add_argument("--out", default=str(RESULTS), help="where the tables go")
+    parser.add_argument(
+        "--runs", type=cli.path, default="runs/reproduce", help="where run directories go"
+    )
+    parser.add_argument("--out", type=cli.path, default=str(RESULTS), help="where the tables go")
     cli.add_data_options(parser)
     options = parser.parse(arguments)
     extra = common_words(options)

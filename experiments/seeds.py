@@ -75,8 +75,10 @@ def main(arguments: Sequence[str] | None = None) -> dict:
     parser = cli.Parser(prog="python -m experiments.seeds", description=__doc__)
     parser.add_argument("--recipes", type=cli.names, default=tuple(COUNTS), help="a,b,c")
     parser.add_argument("--count", type=cli.positive, help="seeds 0 to COUNT - 1 of each recipe")
-    parser.add_argument("--runs", default="runs/seeds", help="where run directories go")
-    parser.add_argument("--out", default=str(RESULTS), help="where the table goes")
+    parser.add_argument(
+        "--runs", type=cli.path, default="runs/seeds", help="where run directories go"
+    )
+    parser.add_argument("--out", type=cli.path, default=str(RESULTS), help="where the table goes")
     cli.add_data_options(parser)
     options = parser.parse(arguments)
     results = former(Path(options.out) / "seeds.json")

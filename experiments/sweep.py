@@ -21,6 +21,7 @@ from pathlib import Path
 
 from cifar_jax import cli
 from cifar_jax.errors import UserError, lookup, run_command
+from cifar_jax.files import absolute
 from cifar_jax.models import MODELS
 from cifar_jax.recipes import MODEL_RECIPES, RECIPES, Recipe
 from experiments import axes as axes_of
@@ -38,7 +39,9 @@ def make_parser() -> cli.Parser:
     parser.add_argument("--seeds", type=cli.seeds, default="0:1", help="of every point; 0:4, 3,5")
     parser.add_argument("--random", type=cli.positive, help="so many points by chance, not a grid")
     parser.add_argument("--random-seed", type=cli.seed, default=0, help="of these points")
-    parser.add_argument("--workdir", help="resumes by itself (default: runs/sweep-<recipe>)")
+    parser.add_argument(
+        "--workdir", type=cli.path, help="resumes by itself (default: runs/sweep-<recipe>)"
+    )
     parser.add_argument("--overwrite", action="store_true", help="start anew in a used workdir")
     parser.add_argument("--save-minutes", type=float, default=5.0, help="between two saves")
     parser.add_argument("--replica-form", default="auto", help="map, vmap, or auto by device")
@@ -50,6 +53,7 @@ def make_parser() -> cli.Parser:
         option = f"--{field.name.replace('_', '-')}"
         group.add_argument(option, metavar="AXIS", default=argparse.SUPPRESS)
     cli.add_data_options(parser)
+    cli.add_test_fraction(parser)
     cli.add_device_options(parser)
     cli.add_host_options(parser)
     return parser
@@ -112,7 +116,7 @@ def _main(options, name: str, recipe: Recipe, varied, points, words: Sequence[st
     from cifar_jax.train import interruptible
     from cifar_jax.workdir import Config, describe_data
 
-    dataset = cli.load_data(options, recipe.dataset)
+    dataset = cli.load_data(options, recipe.dataset, test_fraction=options.test_fraction)
     config = Config(
         name,
         recipe,
@@ -122,7 +126,7 @@ def _main(options, name: str, recipe: Recipe, varied, points, words: Sequence[st
         axes={axis.name: axis.text for axis in varied}
         | ({"random": [options.random, options.random_seed]} if options.random else {}),
     )
-    workdir = Path(options.workdir or f"runs/sweep-{name}").absolute()
+    workdir = absolute(options.workdir or f"runs/sweep-{name}")
     sweep = Sweep(config, dataset, varied, points, options)
     how = {
         "group size": options.group_size,

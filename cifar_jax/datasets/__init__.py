@@ -17,6 +17,7 @@ import numpy as np
 
 from cifar_jax.datasets import cache, locate
 from cifar_jax.errors import UserError, nearest
+from cifar_jax.files import expanded
 
 # Sets that `prepare` can make by itself.
 BUILT_IN = ("cifar10", "cifar100", "shapes10")
@@ -31,12 +32,14 @@ class Split:
       labels: int32 [N], in [0, number of classes).
       fingerprint: sha256 of class names, pixels and labels; the same wherever the data lies.
       entry: the cache folder that holds the arrays.
+      positions: int64 [N], which of the entry's images these are; None for all of them.
     """
 
     images: np.ndarray
     labels: np.ndarray
     fingerprint: str = ""
     entry: Path | None = None
+    positions: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -53,6 +56,8 @@ class Dataset:
       class_names: in label order.
       fingerprint: digest of the splits' fingerprints: changes when any pixel or label does.
       splits: by name.
+      test_fraction: share of the prepared set's `train` that is `test` here; 0 where the set has a
+        `test` of its own.
     """
 
     name: str
@@ -61,6 +66,7 @@ class Dataset:
     class_names: tuple[str, ...]
     fingerprint: str
     splits: dict[str, Split]
+    test_fraction: float = 0.0
 
     @property
     def num_classes(self) -> int:
@@ -74,6 +80,7 @@ def load_dataset(
     archive: str | os.PathLike | None = None,
     image_size: int | None = None,
     splits: Sequence[str] = ("train", "test"),
+    test_fraction: float = 0.0,
     cache_dir: str | os.PathLike | None = None,
     download: bool = True,
     url: str | None = None,
@@ -81,17 +88,20 @@ def load_dataset(
 ) -> Dataset:
     """Returns the data set `name` as arrays, preparing and decoding it where needed.
 
-    A set prepared in `data_dir`, `$TFDS_DATA_DIR` or `~/tensorflow_datasets` is used, in this
-    order. Otherwise cifar10 and cifar100 are prepared from `archive` or a download, shapes10 is
-    drawn; into the first of those folders that can be written (`data_dir` alone when given).
+    A set prepared in `data_dir` is used; without `data_dir`, in `$TFDS_DATA_DIR` or
+    `~/tensorflow_datasets`, in this order. Otherwise cifar10 and cifar100 are prepared from
+    `archive` or a download, shapes10 is drawn; into the first of those folders that can be written.
+    With `archive` a prepared set is used only where it holds the same images.
 
     Args:
       name: `cifar10`, `cifar100`, `shapes10`, or any prepared tfds set whose features are one
         image and one class label: `name`, `name/config`, with or without `:1.2.3`.
-      data_dir: a tfds data directory, first to be searched.
+      data_dir: a tfds data directory, or a prepared set itself: nothing else is searched then.
       archive: a CIFAR archive or the extracted folder, see `archives.read_archive`.
       image_size: side in pixels to which images are resized; None requires 32x32 images.
       splits: names of the splits to load.
+      test_fraction: for sets without `test`: the share of `train` that is `test` instead, the same
+        images at every call.
       cache_dir: where decoded arrays go; by default beside the prepared set, or in the user's
         cache directory where that is read-only.
       download: whether a missing set may be downloaded.
@@ -99,28 +109,33 @@ def load_dataset(
       progress: whether to show progress bars and notices of long work.
 
     Raises:
-      UserError: unknown name or split, no data to be had, or files that cannot be read.
+      UserError: unknown name or split, no data to be had, files that cannot be read, a prepared
+        set of other images than the archive's, or a `test_fraction` that is not wanted or empty.
     """
     if image_size is not None and not (
         isinstance(image_size, int) and not isinstance(image_size, bool) and 1 <= image_size <= 4096
     ):
         raise UserError(f"--image-size must be a whole number from 1 to 4096, got {image_size!r}")
     directory = _directory(name, data_dir, archive, download, url, progress)
+    if test_fraction:
+        _check_test_fraction(directory, test_fraction)
     roots = cache.cache_roots(directory, cache_dir)
     try:
         key = locate.set_key(directory)
     except OSError as error:
         raise UserError(f"cannot read the set in {directory}: {error.strerror}") from None
     prepared, loaded, meta = None, {}, None
-    for split in splits:
+    stored = ["train" if test_fraction and split == "test" else split for split in splits]
+    for split in dict.fromkeys(stored):
         entry_name = cache.entry_name(split, image_size, key)
         found = cache.find(roots, entry_name)
         if found is None:
             prepared = prepared or locate.inspect(directory)
             if prepared.counts.get(split, 0) == 0:
                 has = ", ".join(f"{key} ({count:,})" for key, count in prepared.counts.items())
+                hint = "; training can hold some out: --test-fraction 0.2" * (split == "test")
                 raise UserError(
-                    f"{prepared.name} in {directory} has no split {split!r}; it has {has}"
+                    f"{prepared.name} in {directory} has no split {split!r}; it has {has}{hint}"
                 )
             if progress:
                 cache.notice(f"decoding {prepared.counts[split]:,} images of {name} {split}, once")
@@ -132,36 +147,67 @@ def load_dataset(
         loaded[split] = Split(arrays["images"], arrays["labels"], meta["sha256"], entry)
     if meta is None:
         raise UserError("--splits must name at least one split")
+    if test_fraction and "train" in loaded:
+        loaded |= _held_out(loaded["train"], test_fraction)
+    loaded = {split: loaded[split] for split in splits}
     digest = hashlib.sha256("".join(f"{k}:{v.fingerprint}" for k, v in loaded.items()).encode())
     return Dataset(
         name=meta["name"],
         version=meta["version"],
-        source=_sentence(meta, directory, entry.parent, image_size),
+        source=_sentence(meta, directory, entry.parent, image_size, test_fraction),
         class_names=tuple(meta["class_names"]),
         fingerprint=digest.hexdigest(),
         splits=loaded,
+        test_fraction=test_fraction,
     )
 
 
-def _sentence(meta: dict[str, Any], directory: Path, root: Path, image_size: int | None) -> str:
+def _check_test_fraction(directory: Path, fraction: float) -> None:
+    if not 0 < fraction < 1:
+        raise UserError(f"--test-fraction must be above 0 and below 1, got {fraction:g}")
+    if "test" in locate.split_names(directory):
+        raise UserError(f"the set in {directory} has a test split: leave --test-fraction away")
+
+
+def _held_out(train: Split, fraction: float) -> dict[str, Split]:
+    """Returns `train` without a share of its images, and these as `test`."""
+    size = len(train)
+    count = round(size * fraction)
+    if not 0 < count < size:
+        raise UserError(f"--test-fraction {fraction:g} of {size} images leaves an empty split")
+    order = np.random.RandomState(0).permutation(size)  # the same in every release of NumPy
+    found = {}
+    for name, chosen in (("train", np.sort(order[count:])), ("test", np.sort(order[:count]))):
+        digest = hashlib.sha256(f"{train.fingerprint}:{chosen.tolist()}".encode()).hexdigest()
+        arrays = train.images[chosen], train.labels[chosen]
+        found[name] = Split(*arrays, digest, train.entry, chosen)
+    return found
+
+
+def _sentence(
+    meta: dict[str, Any], directory: Path, root: Path, image_size: int | None, test_fraction: float
+) -> str:
     """Returns e.g. `cifar10 3.0.2 from /data/cifar10/3.0.2 (decoded images in ...)`."""
     parts = [f"decoded images in {root}"]
     if meta["name"] in BUILT_IN and meta["encoding"] == "jpeg":
         parts.append("its pixels were re-encoded as JPEG")
     if image_size:
         parts.append(f"resized to {image_size}x{image_size}")
+    if test_fraction:
+        parts.append(f"it has no test split: {test_fraction:g} of its training images, held out")
     return f"{meta['name']} {meta['version']} from {directory} ({'; '.join(parts)})"
 
 
 def _directory(name, data_dir, archive, download, url, progress) -> Path:
     """Returns the prepared directory of `name`, preparing it when it is absent."""
-    if data_dir is not None and Path(data_dir).expanduser().is_file():
-        raise UserError(f"--data-dir {data_dir} is a file; name a folder of prepared sets")
     dirs = locate.search_dirs(data_dir)
+    if data_dir is not None and dirs[0].is_file():
+        raise UserError(f"--data-dir {data_dir} is a file; name a folder of prepared sets")
     found = locate.find_prepared(name, dirs) if locate.valid_name(name) else None
+    if archive is not None and locate.valid_name(name):
+        dirs, found = _of_archive(name, dirs, archive)
+        data_dir = dirs[0]
     if found is not None:
-        if archive is not None:
-            cache.notice(f"{name} is already prepared in {found}: {archive} was not read")
         return found
     base = str(name).split(":")[0]
     if base not in BUILT_IN:
@@ -180,6 +226,43 @@ def _directory(name, data_dir, archive, download, url, progress) -> Path:
     )
 
 
+def _of_archive(name: str, dirs: list[Path], archive: str | os.PathLike):
+    """Returns the first of `dirs` that holds what `archive` does, or may, and the set in it.
+
+    Raises:
+      UserError: the archive cannot be read, or other images are prepared wherever one may write.
+    """
+    from cifar_jax.datasets.archives import ARCHIVES, read_archive
+
+    base = str(name).split(":")[0]
+    if base not in ARCHIVES:
+        raise UserError(f"{base} is read from no archive: leave --archive out")
+    arrays = read_archive(Path(expanded(archive)), ARCHIVES[base])
+    found = {root: locate.find_prepared(name, [root]) for root in dirs}
+    for root, directory in found.items():
+        if directory is not None and _holds(name, root, arrays):
+            return [root], directory
+    free = [root for root, directory in found.items() if directory is None]
+    if not free:
+        where = ", ".join(map(str, found.values()))
+        raise UserError(
+            f"--archive {archive} holds other images than what is prepared in {where}; "
+            "name an empty folder with --data-dir, or leave --archive out"
+        )
+    return [locate.prepare_dir(free)], None
+
+
+def _holds(name: str, root: Path, arrays) -> bool:
+    """Whether the set prepared in `root` has the images, labels and class names of `arrays`."""
+    names = tuple(arrays.names["label"])
+    held = load_dataset(name, data_dir=root, splits=list(arrays.images))
+    return all(
+        split.fingerprint
+        == cache.fingerprint(names, arrays.images[key], arrays.labels[key]["label"])
+        for key, split in held.splits.items()
+    )
+
+
 def _within(root: Path) -> list[Path]:
     return list(locate.list_prepared([root]))
 
@@ -195,4 +278,4 @@ def record_source(split: Split):
     """
     from cifar_jax.datasets.stream import RecordSource
 
-    return RecordSource(split.entry)
+    return RecordSource(split.entry, split.positions)

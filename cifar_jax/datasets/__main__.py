@@ -13,12 +13,14 @@ def main(argv: list[str] | None = None) -> None:
     parser = cli.Parser(prog="python -m cifar_jax.datasets", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     shared = cli.Parser(add_help=False)
-    shared.add_argument("--data-dir", help="a tfds data directory")
+    shared.add_argument("--data-dir", type=cli.path, help="a tfds data directory")
     prepare = commands.add_parser(
         "prepare", parents=[shared], help="make a data set ready: fetch or draw, write, decode"
     )
     prepare.add_argument("name", help=f"{', '.join(datasets.BUILT_IN)}, or a prepared tfds set")
-    prepare.add_argument("--archive", help="a CIFAR archive or the folder extracted from it")
+    prepare.add_argument(
+        "--archive", type=cli.path, help="a CIFAR archive or the folder extracted from it"
+    )
     prepare.add_argument("--url", help="another address of the same archive")
     prepare.add_argument("--image-size", type=cli.positive, help="resize images to so many pixels")
     commands.add_parser("list", parents=[shared], help="show the sets prepared on this machine")

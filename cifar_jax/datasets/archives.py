@@ -262,14 +262,27 @@ class _Unpickler(pickle.Unpickler):
         allowed = {
             ("numpy", "ndarray"): np.ndarray,
             ("numpy", "dtype"): np.dtype,
-            ("numpy.core.multiarray", "_reconstruct"): self._reconstruct,
             ("numpy._core.multiarray", "_reconstruct"): self._reconstruct,
+            ("numpy._core.multiarray", "scalar"): _number,
+            ("numpy._core.numeric", "_frombuffer"): _array,
             ("_codecs", "encode"): _latin1,
         }
         try:
-            return allowed[module, name]
+            return allowed[module.replace("numpy.core.", "numpy._core."), name]
         except KeyError:
             raise pickle.UnpicklingError(f"it wants to run {module}.{name}") from None
+
+
+def _number(dtype: np.dtype, data: bytes) -> int:
+    """Stands in for the function that makes NumPy's scalars."""
+    if dtype.kind not in "iu":
+        raise pickle.UnpicklingError(f"unexpected number of type {dtype}")
+    return int(np.frombuffer(data, dtype)[0])
+
+
+def _array(buffer: bytes, dtype: np.dtype, shape: tuple[int, ...], order: str) -> np.ndarray:
+    """Stands in for the function that makes arrays of pickle protocol 5."""
+    return np.frombuffer(buffer, dtype).reshape(shape, order=order)
 
 
 def _latin1(text: str, encoding: str = "latin1") -> bytes:

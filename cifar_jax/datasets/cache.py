@@ -8,15 +8,13 @@ what the prepared set says of itself, so that a warm start does not import tenso
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import hashlib
 import json
 import os
 import shutil
-import sys
 import tempfile
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +22,8 @@ import numpy as np
 
 from cifar_jax.datasets import decode
 from cifar_jax.datasets.locate import PreparedSet, writable
-from cifar_jax.errors import UserError
+from cifar_jax.errors import UserError, notice
+from cifar_jax.files import absolute, lock, make_folder, user_cache
 
 FORMAT = 1  # part of the key: change it when decoding or the files' layout changes
 _ARRAYS = ("images", "labels", "order")
@@ -34,24 +33,14 @@ class CorruptCache(Exception):
     """An entry exists and its files are not what was written."""
 
 
-def notice(message: str) -> None:
-    """Prints one line for the user on stderr."""
-    print(f"cifar_jax: {message}", file=sys.stderr, flush=True)
-
-
-def user_cache() -> Path:
-    """Returns `$XDG_CACHE_HOME/cifar_jax/datasets`, by default under `~/.cache`."""
-    root = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(root).expanduser().absolute() / "cifar_jax" / "datasets"
-
-
 def cache_roots(directory: Path, cache_dir: str | os.PathLike | None) -> list[Path]:
     """Returns the folders that may hold entries of the set in `directory`, best first."""
     place = hashlib.sha256(os.path.realpath(directory).encode()).hexdigest()[:8]
     own = f"{directory.parent.name}-{directory.name}-{place}"
     if cache_dir is not None:
-        return [Path(cache_dir).expanduser().absolute() / own]
-    return [directory / "cifar_jax_cache", user_cache() / own]
+        return [absolute(cache_dir) / own]
+    users = user_cache()
+    return [directory / "cifar_jax_cache", *([users / "cifar_jax/datasets" / own] if users else [])]
 
 
 def entry_name(split: str, size: int | None, key: str) -> str:
@@ -111,8 +100,8 @@ def build(
             reasons.append(f"{root} is not writable")
             continue
         try:
-            root.mkdir(parents=True, exist_ok=True)
-            with locked(root / ".lock"):
+            make_folder(root)
+            with lock(root / ".lock", functools.partial(waiting, root)):
                 try:
                     if load(root / name):
                         return
@@ -173,9 +162,6 @@ def _fill(new: Path, prepared: PreparedSet, split: str, size: int | None) -> dic
             f"split {split!r} of {prepared.directory} has labels from {labels.min()} to "
             f"{labels.max()}, the set declares {classes} classes: use a labelled split"
         )
-    digest = hashlib.sha256("\0".join(prepared.class_names).encode())
-    digest.update(arrays["images"].data)
-    digest.update(arrays["labels"].data)
     return {
         "name": prepared.name,
         "version": prepared.version,
@@ -185,7 +171,7 @@ def _fill(new: Path, prepared: PreparedSet, split: str, size: int | None) -> dic
         "keys": prepared.keys,
         "file_format": prepared.file_format,
         "directory": str(prepared.directory),
-        "sha256": digest.hexdigest(),
+        "sha256": fingerprint(prepared.class_names, arrays["images"], labels),
         "files": {
             array: {
                 "bytes": (new / f"{array}.npy").stat().st_size,
@@ -194,6 +180,14 @@ def _fill(new: Path, prepared: PreparedSet, split: str, size: int | None) -> dic
             for array in _ARRAYS
         },
     }
+
+
+def fingerprint(class_names: tuple[str, ...], images: np.ndarray, labels: np.ndarray) -> str:
+    """Returns the digest of a split: its class names, uint8 pixels and labels."""
+    digest = hashlib.sha256("\0".join(class_names).encode())
+    digest.update(images.data)
+    digest.update(np.asarray(labels, np.int32).data)
+    return digest.hexdigest()
 
 
 def _reserve(path: Path, shape: tuple[int, ...], dtype: str) -> None:
@@ -224,24 +218,6 @@ def _user_error(prepared: PreparedSet, split: str, reason: str) -> UserError:
     )
 
 
-@contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Holds an exclusive lock on the file `path`; the system frees it if the process dies.
-
-    Where the system or file system has no locks, it does nothing: entries and sets still appear
-    by one rename, so two processes only repeat each other's work.
-    """
-    try:
-        import fcntl
-    except ImportError:
-        yield
-        return
-    with open(path, "a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            notice(f"waiting for another process that works in {path.parent}")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError:
-            pass
-        yield
+def waiting(folder: Path) -> None:
+    """Says that another process is waited for: two would only repeat each other's work."""
+    notice(f"waiting for another process that works in {folder}")

@@ -14,6 +14,7 @@ import os
 import re
 import subprocess
 import sys
+import zlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,10 +24,53 @@ import numpy as np
 IMAGES_PER_PROCESS = 2000
 _CHUNK = 512
 _FAILED = 3
+_PNG = b"\x89PNG\r\n\x1a\n"
 
 
 class DecodeError(Exception):
     """A record, shard or image cannot be read; the message is one line for the user."""
+
+
+def open_image(data: bytes):
+    """Returns the loaded Pillow image; that of a PNG whose metadata are broken is read without.
+
+    Raises:
+      Exception: nearly any, where the pixels cannot be read.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        image = Image.open(io.BytesIO(data))
+        image.load()
+    except Exception as error:
+        bare = _without_metadata(data)
+        if bare == data:
+            if isinstance(error, UnidentifiedImageError):
+                raise ValueError("it has no format that Pillow reads") from None
+            raise
+        image = Image.open(io.BytesIO(bare))
+        image.load()
+    return image
+
+
+def _without_metadata(data: bytes) -> bytes:
+    """Returns a PNG without the chunks that say nothing of its pixels or which side is up; other
+    data as they are."""
+    if not data.startswith(_PNG):
+        return data
+    kept, at = [_PNG], len(_PNG)
+    while at < len(data):
+        end = at + 12 + int.from_bytes(data[at : at + 4], "big")
+        kind = data[at + 4 : at + 8]
+        crc = zlib.crc32(data[at + 4 : end - 4]).to_bytes(4, "big")
+        if (
+            kind[:1].isupper()
+            or kind == b"tRNS"
+            or (kind == b"eXIf" and data[end - 4 : end] == crc)
+        ):
+            kept.append(data[at:end])
+        at = end
+    return b"".join(kept)
 
 
 def decode_image(data: bytes, size: int | None) -> np.ndarray:
@@ -42,7 +86,7 @@ def decode_image(data: bytes, size: int | None) -> np.ndarray:
     from PIL import Image
 
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with open_image(data) as image:
             if image.mode.startswith(("I", "F")):
                 raise DecodeError(f"has pixels of mode {image.mode}, only 8-bit images can be used")
             rgb = image.convert("RGB")

@@ -11,7 +11,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from cifar_jax.errors import UserError
+from cifar_jax.errors import UserError, notice
+from cifar_jax.files import absolute
 
 _NAME = re.compile(
     r"(?P<name>[a-z][a-z0-9_]*)(/(?P<config>[\w.+-]+))?(:(?P<version>\d+\.\d+\.\d+))?"
@@ -43,10 +44,22 @@ class PreparedSet:
 
 
 def search_dirs(data_dir: str | os.PathLike | None) -> list[Path]:
-    """Returns where prepared sets are looked for: `data_dir`, TFDS_DATA_DIR, the user's own."""
-    candidates = [data_dir, os.environ.get("TFDS_DATA_DIR"), "~/tensorflow_datasets"]
-    paths = [Path(path).expanduser().absolute() for path in candidates if path]
-    return list(dict.fromkeys(paths))
+    """Returns where prepared sets are looked for: in `data_dir` alone where one is given, else in
+    TFDS_DATA_DIR and the user's own.
+
+    Raises:
+      UserError: one of them is remote, or there is none: no home directory is known.
+    """
+    if data_dir is not None:
+        return [absolute(data_dir)]
+    named = os.environ.get("TFDS_DATA_DIR")
+    try:
+        own = [absolute("~/tensorflow_datasets")]
+    except UserError:
+        if not named:
+            raise
+        own = []
+    return list(dict.fromkeys([*([absolute(named)] if named else []), *own]))
 
 
 def writable(directory: Path) -> bool:
@@ -63,18 +76,17 @@ def writable(directory: Path) -> bool:
     )
 
 
-def prepare_dir(data_dir: str | os.PathLike | None) -> Path:
-    """Returns where a new set is prepared: `data_dir`, or the first writable default.
+def prepare_dir(dirs: list[Path]) -> Path:
+    """Returns where a new set is prepared: the first of `dirs` that is writable.
 
     Raises:
-      UserError: `data_dir`, or every default, is a file or not writable.
+      UserError: each of them is a file or not writable.
     """
-    dirs = search_dirs(data_dir)
-    for path in dirs[:1] if data_dir else dirs:
+    for path in dirs:
         if writable(path):
             return path
     raise UserError(
-        f"cannot write a data set in {', '.join(map(str, dirs[:1] if data_dir else dirs))}; "
+        f"cannot write a data set in {', '.join(map(str, dirs))}; "
         "name a writable folder with --data-dir"
     )
 
@@ -95,6 +107,11 @@ def find_prepared(name: str, dirs: list[Path]) -> Path | None:
     match = _NAME.fullmatch(name)
     found = []
     for base in dirs:
+        itself = _itself(base, match)
+        if itself is not None:
+            notice(f"{base} is {match['name']} itself, no folder of sets: using {itself}")
+            found.append(itself)
+            continue
         root = base / match["name"]
         if match["config"]:
             root = root / match["config"]
@@ -109,6 +126,23 @@ def find_prepared(name: str, dirs: list[Path]) -> Path | None:
             found.append(versions[-1])
     found.sort(key=lambda path: file_format_of(path) != "array_record")
     return found[0] if found else None
+
+
+def _itself(folder: Path, match: re.Match) -> Path | None:
+    """Returns the prepared set where `folder` is one, or holds its versions.
+
+    Raises:
+      UserError: it is another one.
+    """
+    is_set, held = (folder / "dataset_info.json").exists(), []
+    wanted = [match["name"], match["config"], match["version"]]
+    for path in [folder] if is_set else reversed(_versions(folder, None)):
+        held = [_info(path).get(key) for key in ("name", "configName", "version")]
+        if all(want in (None, have) for want, have in zip(wanted, held, strict=True)):
+            return path
+    if held:
+        raise UserError(f"{folder} holds {' '.join(filter(None, held))}, not {match[0]}")
+    return None
 
 
 def list_prepared(dirs: list[Path]) -> Iterator[Path]:
@@ -142,10 +176,19 @@ def _versions(root: Path, version: str | None) -> list[Path]:
 
 def file_format_of(directory: Path) -> str:
     """Returns the file format a prepared directory declares (`tfrecord` when it does not say)."""
+    return _info(directory).get("fileFormat") or "tfrecord"
+
+
+def split_names(directory: Path) -> list[str]:
+    """Returns the splits that a prepared directory declares."""
+    return [split["name"] for split in _info(directory).get("splits", [])]
+
+
+def _info(directory: Path) -> dict:
     try:
         info = json.loads((directory / "dataset_info.json").read_text())
-        return info.get("fileFormat") or "tfrecord"
-    except (OSError, ValueError, AttributeError) as error:
+        return dict(info)
+    except (OSError, ValueError, TypeError) as error:
         raise UserError(
             f"cannot read {directory / 'dataset_info.json'} ({error}); "
             "delete that folder and prepare the set again"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import os
 import shutil
@@ -12,10 +13,11 @@ from pathlib import Path
 
 from cifar_jax.datasets import BUILT_IN, locate
 from cifar_jax.datasets.archives import ARCHIVES, Arrays, read_archive
-from cifar_jax.datasets.cache import locked, notice
+from cifar_jax.datasets.cache import waiting
 from cifar_jax.download import Unreachable
 from cifar_jax.download import download as fetch
-from cifar_jax.errors import UserError, lookup
+from cifar_jax.errors import UserError, lookup, notice
+from cifar_jax.files import expanded, lock, make_folder
 
 
 def prepare(
@@ -42,12 +44,12 @@ def prepare(
       UserError: no data to be had, a damaged archive, no space, or a directory not writable.
     """
     lookup(dict.fromkeys(BUILT_IN), name, "data set")
-    root = locate.prepare_dir(data_dir)
+    root = locate.prepare_dir(locate.search_dirs(data_dir))
     if archive is not None and name not in ARCHIVES:
         raise UserError(f"{name} is drawn, not read: leave --archive out")
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        with locked(root / f".{name}.lock"):
+        make_folder(root)
+        with lock(root / f".{name}.lock", functools.partial(waiting, root)):
             existing = locate.find_prepared(name, [root])
             if existing is not None:
                 return existing
@@ -66,7 +68,7 @@ def prepare(
 def _archive(name, root, archive, may_download, url, progress) -> Path:
     """Returns a local archive of the set."""
     if archive is not None:
-        return Path(archive).expanduser()
+        return Path(expanded(archive))
     spec = ARCHIVES[name]
     remedy = (
         f"give the archive with --archive ({spec.url.rsplit('/', 1)[1]}, its -python form or the "

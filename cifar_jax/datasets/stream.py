@@ -14,7 +14,7 @@ from cifar_jax.errors import UserError
 class RecordSource:
     """A `grain` source: `len(source)` and `source[i]` (see `datasets.record_source`)."""
 
-    def __init__(self, entry: Path):
+    def __init__(self, entry: Path, positions: np.ndarray | None = None):
         meta = json.loads((entry / "meta.json").read_text())
         if meta["file_format"] != "array_record":
             raise UserError(
@@ -22,7 +22,8 @@ class RecordSource:
                 "use the default feed, or prepare the set as ArrayRecord"
             )
         images = np.load(entry / "images.npy", mmap_mode="r")
-        self._order = np.array(np.load(entry / "order.npy"))
+        order = np.load(entry / "order.npy")
+        self._order = np.array(order if positions is None else order[positions])
         self._size = images.shape[1]
         self._keys = meta["keys"]
         self._records = decode.open_records(meta["directory"], meta["split"], meta["keys"])

@@ -1,0 +1,120 @@
+"""Paths as users write them, and files that other processes may use at the same time."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import functools
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from cifar_jax.errors import UserError, notice
+
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+_HELD = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
+
+
+def expanded(path: str | os.PathLike) -> str:
+    """Returns `path` with a home directory in place of `~` or `~name` at its start; as in a shell,
+    the `~name` of nobody stays.
+
+    Raises:
+      UserError: it is empty, the address of something remote, or there is no home directory.
+    """
+    text = os.path.expanduser(path)
+    if not text:
+        raise UserError("the path is empty")
+    if _ADDRESS.match(text):
+        raise UserError(f"{text} is an address: only files and folders of this machine can be used")
+    if text.split("/")[0] == "~":
+        raise UserError(f"{text}: no home directory is known; set HOME or write the path in full")
+    return text
+
+
+def absolute(path: str | os.PathLike) -> Path:
+    """Returns `expanded(path)` from the root on. Raises `UserError` where the current folder, which
+    it takes, was deleted."""
+    try:
+        return Path(expanded(path)).absolute()
+    except FileNotFoundError:
+        raise UserError(
+            f"{path} lies in the current folder, which was deleted; change to another"
+        ) from None
+
+
+def user_cache() -> Path | None:
+    """Returns the user's folder of caches, `$XDG_CACHE_HOME` or `~/.cache`; None where there is no
+    home directory."""
+    root = os.environ.get("XDG_CACHE_HOME")
+    if root:
+        return absolute(root)
+    with contextlib.suppress(UserError):
+        return absolute("~/.cache")
+    return None
+
+
+def make_folder(path: Path) -> None:
+    """Makes a folder and those above it. Raises `OSError`, also of a link that points nowhere."""
+    for place in (path, *path.parents):
+        if place.is_symlink() and not place.exists():
+            what = f"{place} is a link to {os.readlink(place)}, which is not there"
+            raise FileNotFoundError(errno.ENOENT, what)
+    path.mkdir(parents=True, exist_ok=True)
+
+
+def remove(path: Path) -> None:
+    """Deletes a file, a folder with what is in it, or a link, but not what that points to."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yields a path beside `path` to write to. What is there at the end takes the place of `path`,
+    so that a reader sees the old file or the whole new one. After an error nothing has changed."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+@contextlib.contextmanager
+def lock(path: Path, in_use: Callable[[], None]) -> Iterator[None]:
+    """Holds an exclusive lock on the file `path`; the system frees it if the process dies.
+
+    Where the system or the file system has no locks, it says so and goes on without.
+
+    Args:
+      in_use: called where another process holds the lock: raises, or returns to wait for it.
+    """
+    with open(path, "a") as file:
+        try:
+            import fcntl
+
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno not in _HELD:
+                    raise
+                in_use()
+                fcntl.flock(file, fcntl.LOCK_EX)
+        except ImportError:
+            _say_unlocked(path.parent, "not on this system")
+        except OSError as error:
+            _say_unlocked(path.parent, error.strerror)
+        yield
+
+
+@functools.cache  # once
+def _say_unlocked(folder: Path, reason: str) -> None:
+    notice(f"no locks in {folder} ({reason}): see to it that no other process works there")
