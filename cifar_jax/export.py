@@ -3,8 +3,8 @@
 uint8 images [batch, height, width, 3] of any batch size in, float32 probabilities [batch, classes]
 out; the weights and the normalisation are inside. OUT.json beside it says what the classes are.
 
-- `stablehlo`, the default: a `jax.export` artifact, which JAX alone runs on CPUs and NVIDIA GPUs.
-- `onnx`, where OUT ends in .onnx: through jax2onnx, which needs the extra `onnx`.
+- OUT.stablehlo: a `jax.export` artifact, which JAX alone runs on CPUs and NVIDIA GPUs.
+- OUT.onnx: through jax2onnx, which needs the extra `onnx`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from cifar_jax import cli
 from cifar_jax.environment import environment
 from cifar_jax.errors import UserError, nearest, run_command
 
-FORMATS = ("stablehlo", "onnx")
+FORMATS = ("stablehlo", "onnx")  # each is written to files that end in its name
 PLATFORMS = ("cpu", "cuda")
 # The newest that ONNX Runtime of two years ago reads; nothing here needs a later one.
 OPSET = 21
@@ -36,6 +36,31 @@ def make_parser() -> cli.Parser:
     parser.add_argument("--format", help="stablehlo or onnx (default: by the ending of OUT)")
     parser.add_argument("--overwrite", action="store_true", help="replace files that are there")
     return parser
+
+
+def format_of(out: str, asked: str | None) -> str:
+    """Returns the format in which a file of this name is to be written.
+
+    Args:
+      asked: by `--format`, which a name that ends otherwise needs.
+
+    Raises:
+      UserError: no such format, or the name ends in none of them or in another one.
+    """
+    endings = [f".{name}" for name in FORMATS]
+    ending = Path(out).suffix.lower()
+    if asked is not None and asked not in FORMATS:
+        raise UserError(f"unknown --format {asked!r}; {nearest(asked, FORMATS)}")
+    if ending not in endings:
+        if asked is not None:
+            return asked
+        raise UserError(
+            f"{out}: an exported model ends in {' or '.join(endings)}, or --format says what it "
+            "is; files of weights are written by python -m cifar_jax.convert"
+        )
+    if asked not in (None, ending[1:]):
+        raise UserError(f"{out} ends in {ending}, --format says {asked}; give one of them")
+    return ending[1:]
 
 
 def serving_function(trained) -> Callable:
@@ -134,9 +159,7 @@ def main(arguments: Sequence[str] | None = None, say=print) -> dict:
     from cifar_jax import inference
     from cifar_jax.weight_files import check_target, replacing
 
-    kind = options.format or ("onnx" if options.out.lower().endswith(".onnx") else "stablehlo")
-    if kind not in FORMATS:
-        raise UserError(f"unknown --format {kind!r}; {nearest(kind, FORMATS)}")
+    kind = format_of(options.out, options.format)
     out, beside = Path(options.out), Path(f"{options.out}.json")
     for path in (out, beside):
         check_target(path, options.overwrite)

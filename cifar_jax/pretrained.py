@@ -45,7 +45,7 @@ def find(model: str, weights: str, *, may_download: bool = True, progress: bool 
     """
     names = {name for known in PUBLISHED.values() for name in known}
     if weights not in names:
-        if not weights.lower().endswith(ENDINGS):
+        if not (Path(weights).suffix or Path(weights).is_file()):  # a name, and none that is known
             raise UserError(
                 f"--pretrained takes {', '.join(sorted(names))} or a file of weights "
                 f"({', '.join(ENDINGS)}), got {weights!r}"

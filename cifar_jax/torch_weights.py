@@ -32,8 +32,10 @@ CONTAINERS = ("features_", "classifier_")
 # Where a checkpoint that holds more than weights keeps them.
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net")
 # What `DataParallel` and `torch.compile` put before every name.
-PREFIXES = ("module.", "_orig_mod.")
+PREFIXES = ("module", "_orig_mod")
 COUNTER = "num_batches_tracked"
+AVERAGED = "n_averaged"  # what `AveragedModel` counts, beside the weights
+SHOWN = 4  # differences that an error lists
 
 
 def torch_name(layer: str) -> str:
@@ -101,12 +103,16 @@ def variables_from_torch(
         normalisation, "batch_stats": for names, shapes and dtypes.
 
     Raises:
-      UserError: entries are missing, unknown or of another shape; the message lists them all.
+      UserError: entries are missing, unknown or of another shape; the message names the first,
+        or the prefix under which all lie beside others.
     """
     params, stats = variables["params"], variables.get("batch_stats", {})
-    problems = misfits(state, torch_shapes(params, stats))
+    wanted = torch_shapes(params, stats)
+    problems = misfits(state, wanted)
     if problems:
-        raise UserError(f"the PyTorch weights do not fit the model: {'; '.join(problems)}")
+        more = [f"and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
+        shown = _under_prefixes(state, wanted) or "; ".join([*problems[:SHOWN], *more])
+        raise UserError(f"the PyTorch weights do not fit the model: {shown}")
 
     found: dict[str, dict] = {layer: {} for layer in params}
     for layer, flattened in _layers(params):
@@ -146,7 +152,8 @@ def torch_shapes(params: Layers, batch_stats: Layers | None = None) -> dict[str,
 
 def misfits(state: Mapping[str, Any], wanted: Mapping[str, tuple[int, ...]]) -> list[str]:
     """Returns one phrase for each entry of a state dict that is missing, unknown or of a shape
-    other than `wanted`; a batch normalisation's counter may be there or not."""
+    other than `wanted`; a batch normalisation's counter may be there or not, and so may single
+    numbers of no layer (`loss`)."""
     counters = {
         f"{name.removesuffix('running_mean')}{COUNTER}"
         for name in wanted
@@ -160,7 +167,7 @@ def misfits(state: Mapping[str, Any], wanted: Mapping[str, tuple[int, ...]]) -> 
     problems += [
         f"{name} is not of this model (shape {list(np.shape(value))})"
         for name, value in state.items()
-        if name not in wanted and name not in counters
+        if name not in wanted and name not in counters and _is_of_layer(name, value)
     ]
     problems += [
         f"{name} has shape {list(np.shape(state[name]))}, the model needs {list(shape)}"
@@ -173,8 +180,10 @@ def misfits(state: Mapping[str, Any], wanted: Mapping[str, tuple[int, ...]]) -> 
 def unwrap(found: Any) -> dict[str, Any]:
     """Returns the state dict inside what a PyTorch file holds.
 
-    It may be the state dict itself or a checkpoint that keeps it under one of `WRAPPERS`, and
-    its names may all begin with one of `PREFIXES`.
+    It may be the state dict itself, with plain numbers and texts beside the weights, or a
+    checkpoint that keeps it under one of `WRAPPERS`. What all its names begin with is left out
+    (`module.`, `model._orig_mod.`), unless a name would keep no layer or the layers are numbered
+    (`features.0.weight`).
 
     Raises:
       UserError: there is no such thing in it.
@@ -183,7 +192,7 @@ def unwrap(found: Any) -> dict[str, Any]:
         if isinstance(found, Mapping) and isinstance(found.get(name), Mapping):
             return unwrap(found[name])
     arrays = isinstance(found, Mapping) and any(
-        isinstance(name, str) and hasattr(value, "shape") for name, value in found.items()
+        isinstance(name, str) and hasattr(value, "dtype") for name, value in found.items()
     )
     if not arrays:
         what = type(found).__name__
@@ -193,11 +202,45 @@ def unwrap(found: Any) -> dict[str, Any]:
             f"it holds no state dict, only {what}; looked for layers by name, also under "
             f"{', '.join(WRAPPERS)}"
         )
-    state = dict(found)
-    for prefix in (*PREFIXES, *PREFIXES):
-        if all(str(name).startswith(prefix) for name in state):
-            state = {name.removeprefix(prefix): value for name, value in state.items()}
-    return state
+    plain = (bool, int, float, str, type(None))
+    state = {
+        str(name): value
+        for name, value in found.items()
+        if not isinstance(value, plain) and str(name).split(".")[-1] != AVERAGED
+    }
+    prefix = _common_prefix([name for name, value in state.items() if _is_of_layer(name, value)])
+    return {name.removeprefix(prefix): value for name, value in state.items()}
+
+
+def _common_prefix(names: list[str]) -> str:
+    """Returns what all names begin with, up to a dot, and leaves `layer.weight` of each."""
+    parts = names[0].split(".")[:-1] if names else []
+    while parts:
+        prefix = "".join(f"{part}." for part in parts)
+        rest = [name.removeprefix(prefix).split(".") for name in names]
+        named = all(len(left) > 1 and not left[0].isdigit() for left in rest)
+        if (named or parts[-1] in PREFIXES) and all(name.startswith(prefix) for name in names):
+            return prefix
+        parts.pop()
+    return ""
+
+
+def _is_of_layer(name: str, value: Any) -> bool:
+    return "." in name or getattr(value, "ndim", 0) > 0
+
+
+def _under_prefixes(state: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    """Returns where in a state dict of more than one network the weights lie, "" if nowhere."""
+    first = next(iter(wanted))
+    ends = [name.removesuffix(first) for name in state if name.endswith(f".{first}")]
+    found = [end for end in ends if all(end + name in state for name in wanted)]
+    if not found:
+        return ""
+    others = [name for name in state if not name.startswith(found[0])]
+    return (
+        f"its weights lie under {' and '.join(map(repr, found))}, beside others "
+        f"({', '.join(others[:2])}); save the state dict of that part alone"
+    )
 
 
 def last_layer(params: Layers) -> str:

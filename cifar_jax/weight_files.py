@@ -1,7 +1,8 @@
 """Files of weights: `.safetensors` without PyTorch, `.pth` and `.pt` through it (an extra).
 
-A file holds a PyTorch state dict (`torch_weights.py`). What is read comes out as float32, and
-nothing in a file is ever run: a pickle that asks for anything but tensors is refused.
+A file holds a PyTorch state dict (`torch_weights.py`). One that is read may have any name: its
+content says what it is. What is read comes out as float32, and nothing in a file is ever run: a
+pickle that asks for anything but tensors is refused.
 """
 
 from __future__ import annotations
@@ -9,11 +10,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import json
 import os
 import re
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,16 @@ from cifar_jax.torch_weights import unwrap
 
 TORCH_ENDINGS = (".pth", ".pt")
 ENDINGS = (".safetensors", *TORCH_ENDINGS)
+MAX_HEADER = 100_000_000  # bytes, safetensors' own bound
+# Floats that NumPy lacks, by safetensors' names; PyTorch's are ml_dtypes' own.
+NARROW = {
+    "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E5M2FNUZ": "float8_e5m2fnuz",
+    "F8_E8M0": "float8_e8m0fnu",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +55,7 @@ class Weights:
 
 
 def check_ending(path: str | os.PathLike) -> str:
-    """Returns the lower-case ending of a weight file's name. Raises `UserError`."""
+    """Returns the lower-case ending of the name of a weight file to write. Raises `UserError`."""
     ending = Path(path).suffix.lower()
     if ending not in ENDINGS:
         raise UserError(f"{path}: a file of weights ends in {', '.join(ENDINGS)}")
@@ -58,7 +70,6 @@ def read(path: str | os.PathLike) -> Weights:
         weights, or PyTorch is needed and not installed.
     """
     path = Path(path)
-    ending = check_ending(path)
     try:
         if not path.exists():
             raise UserError(f"no such file of weights: {path}")
@@ -66,8 +77,7 @@ def read(path: str | os.PathLike) -> Weights:
             raise UserError(f"{path} is a directory, not a file of weights")
         if path.stat().st_size == 0:
             raise UserError(f"{path} is empty")
-        reader = _read_safetensors if ending == ".safetensors" else _read_torch
-        found, metadata = reader(path)
+        found, metadata = _reader(path)(path)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
     try:
@@ -145,6 +155,22 @@ def content_hash(state: Mapping[str, np.ndarray]) -> str:
     return digest.hexdigest()
 
 
+def _reader(path: Path) -> Callable:
+    """Returns the function that reads a file, by its first bytes: safetensors begins with the
+    length of its JSON header, PyTorch's files are archives or, older ones, pickles. By its name
+    where they say nothing, to be told damaged."""
+    with open(path, "rb") as file:
+        head = file.read(9)
+    length = int.from_bytes(head[:8], "little")
+    if head[8:] == b"{" and length <= MAX_HEADER:
+        return _read_safetensors
+    if head.startswith((b"PK\x03\x04", b"\x80")) or path.suffix.lower() in TORCH_ENDINGS:
+        return _read_torch
+    if path.suffix.lower() in ENDINGS:
+        return _read_safetensors
+    raise UserError(f"{path} is damaged or no file of weights (neither safetensors nor PyTorch's)")
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
@@ -155,9 +181,9 @@ def _float32(state: Mapping[str, Any]) -> tuple[dict[str, np.ndarray], list[str]
     """Returns (the state dict with its floats as float32, what was said of it)."""
     result, changed = {}, {}
     for name, value in state.items():
-        if not hasattr(value, "shape"):
+        if not hasattr(value, "dtype"):
             raise UserError(f"the entry {name!r} is no array but {type(value).__name__}")
-        value = np.asarray(value)
+        value = _array(name, value)
         if value.dtype != np.float32 and value.dtype.kind not in "iub":
             if value.dtype.kind not in "fV":
                 raise UserError(f"the entry {name!r} holds {value.dtype} numbers")
@@ -171,17 +197,59 @@ def _float32(state: Mapping[str, Any]) -> tuple[dict[str, np.ndarray], list[str]
     return result, notices
 
 
+def _array(name: str, value: Any) -> np.ndarray:
+    """Returns an entry as an array; bfloat16 and float8 keep their name in the dtype.
+
+    Raises:
+      UserError: a tensor whose numbers NumPy cannot hold.
+    """
+    if not hasattr(value, "detach"):
+        return np.asarray(value)
+    import ml_dtypes
+    import torch
+
+    kind = str(value.dtype).removeprefix("torch.")
+    try:
+        value = value.detach()
+        if kind in NARROW.values():
+            bits = torch.uint8 if value.itemsize == 1 else torch.int16
+            return value.contiguous().view(bits).numpy().view(getattr(ml_dtypes, kind))
+        return value.resolve_neg().numpy()
+    except (TypeError, RuntimeError, NotImplementedError):
+        forms = {"quantized": value.is_quantized, "nested": value.is_nested, "meta": value.is_meta}
+        forms["sparse"] = "sparse" in str(value.layout)
+        what = " ".join([form for form, holds in forms.items() if holds] + [kind])
+        raise UserError(f"the entry {name!r} is a {what} tensor; save dense float32 ones") from None
+
+
 def _read_safetensors(path: Path):
     import safetensors
 
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
-            metadata = file.metadata() or {}
-            return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
+            state = {
+                name: _narrow(path, name, kind) if kind in NARROW else file.get_tensor(name)
+                for name in file.keys()  # noqa: SIM118
+                for kind in [file.get_slice(name).get_dtype()]
+            }
+            return state, file.metadata() or {}
     except safetensors.SafetensorError as error:
         raise UserError(f"{path} is damaged or no safetensors file ({_short(error)})") from None
     except (AttributeError, TypeError, KeyError) as error:
         raise UserError(f"{path} holds a dtype that NumPy has not ({_short(error)})") from None
+
+
+def _narrow(path: Path, name: str, kind: str) -> np.ndarray:
+    """An entry of a sound file, of a dtype that its reader for NumPy lacks."""
+    import ml_dtypes
+
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        entry = json.loads(file.read(length))[name]
+        begin, end = entry["data_offsets"]
+        file.seek(8 + length + begin)
+        data = file.read(end - begin)
+    return np.frombuffer(data, getattr(ml_dtypes, NARROW[kind])).reshape(entry["shape"])
 
 
 def _write_safetensors(path: Path, state: Mapping[str, np.ndarray], metadata: dict[str, str]):
@@ -221,9 +289,9 @@ def _read_torch(path: Path):
                 wrong = archive.testzip()
             if wrong:
                 raise UserError(f"{damaged} (checksum of {wrong})")
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), open(path, "rb") as file:  # by its name it goes otherwise
             warnings.simplefilter("ignore")
-            found = torch.load(path, map_location="cpu", weights_only=True)
+            found = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if not (is_zip or is_pickle):
             raise UserError(damaged) from None
@@ -244,23 +312,7 @@ def _read_torch(path: Path):
                 "torch.save(model.state_dict(), FILE)"
             ) from None
         raise UserError(f"{damaged} ({_short(error)})") from None
-    return _to_numpy(found, torch), {}
-
-
-def _to_numpy(found: Any, torch: Any) -> Any:
-    """Replaces every tensor in nested dicts by an array; bfloat16 keeps its name in the dtype."""
-    if isinstance(found, Mapping):
-        return {name: _to_numpy(value, torch) for name, value in found.items()}
-    if not isinstance(found, torch.Tensor):
-        return found
-    found = found.detach()
-    if found.is_sparse or found.is_quantized:
-        raise UserError("it holds sparse or quantized tensors; save dense ones")
-    if found.dtype == torch.bfloat16:
-        import ml_dtypes
-
-        return found.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-    return found.numpy()
+    return found, {}
 
 
 def _write_torch(path: Path, state: Mapping[str, np.ndarray], metadata: dict[str, str]):

@@ -243,7 +243,7 @@ def test_going_on_with_other_weights_is_refused(complete, files, tiny, tmp_path)
         ("convert empty out.pth", "no checkpoint in"),
         ("convert run", "required: out"),
         ("train --init-from nosuch.pth", "no such file of weights: nosuch.pth"),
-        ("train --init-from weights.bin", "ends in .safetensors, .pth, .pt"),
+        ("train --init-from weights.bin", "no such file of weights: weights.bin"),
         ("train --init-from empty", "no checkpoint in"),
         ("train --init-from there.pth", "there.pth is damaged or no PyTorch file"),
         ("train --init-from", "expected one argument"),

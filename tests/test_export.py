@@ -89,12 +89,13 @@ def test_the_facts_beside_it(artifact, complete):
 
 
 def test_files_are_not_overwritten_unasked(artifact, complete, tmp_path):
-    out = tmp_path / "a.bin"
+    out, form = tmp_path / "a.bin", words("--format stablehlo")
     (tmp_path / "a.bin.json").write_text("mine")
     with pytest.raises(UserError, match=r"a\.bin\.json is there already; give --overwrite"):
-        exported(complete, out)
+        exported(complete, out, *form)
     assert [p.name for p in tmp_path.iterdir()] == ["a.bin.json"]
-    facts, lines = exported(complete, out, "--overwrite")
+    facts, lines = exported(complete, out, *form, "--overwrite")
+    assert facts["format"] == "stablehlo"
     assert json.loads((tmp_path / "a.bin.json").read_text()) == facts
     assert str(out) in lines[-1]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.bin", "a.bin.json"]
@@ -134,11 +135,19 @@ def test_what_the_exporter_cannot_write_is_one_line(complete, tmp_path, monkeypa
     ("arguments", "message"),
     [
         ("run out --format onx", "unknown --format 'onx'; did you mean 'onnx'"),
-        ("run out --checkpoint bets", "--checkpoint must be best, latest or a step"),
-        ("run nosuch/out", "there is no directory nosuch"),
-        ("run empty", "empty is a directory"),
-        ("nosuch out", "nosuch does not exist"),
-        ("empty out", "no checkpoint in"),
+        ("run out.onnx --checkpoint bets", "--checkpoint must be best, latest or a step"),
+        ("run nosuch/out.stablehlo", "there is no directory nosuch"),
+        ("run empty --format onnx", "empty is a directory"),
+        ("nosuch out.stablehlo", "nosuch does not exist"),
+        ("empty out.STABLEHLO", "no checkpoint in"),
+        *(
+            (
+                f"nosuch {name}",
+                f"{name}: an exported model ends in .stablehlo or .onnx, or --format",
+            )
+            for name in ("m.tflite", "m.pt", "m", "m.onnx.gz", ".onnx", "m.stablehlo/m")
+        ),
+        ("nosuch m.onnx --format stablehlo", "m.onnx ends in .onnx, --format says stablehlo"),
         ("run", "required: out"),
     ],
 )

@@ -127,6 +127,7 @@ def test_offline_the_address_and_the_place_are_said_soon(published, monkeypatch)
         ("imagenet", "dropout_cnn", "no imagenet weights of dropout_cnn, only of vgg16"),
         ("imagnet", "vgg16", "--pretrained takes imagenet or a file of weights"),
         ("", "vgg16", "--pretrained takes imagenet or a file of weights"),
+        ("..", "vgg16", "--pretrained takes imagenet or a file of weights"),
     ],
 )
 def test_names_that_are_none(weights, model, message):

@@ -223,12 +223,44 @@ def test_containers_and_prefixes():
         got = unwrap(found)
         assert got.keys() == state.keys()
         assert got["conv1.bias"] is state["conv1.bias"]
+    # Layers that are numbered keep the name of what holds them.
+    numbered = {f"features.{name}.weight": np.zeros(3) for name in (0, 3)}
+    for found in (
+        numbered,
+        {f"backbone.{name}": value for name, value in numbered.items()},
+        {f"0._orig_mod.{name}": value for name, value in numbered.items()},
+    ):
+        assert unwrap(found | {"n_averaged": np.int64(3), "note": "mine"}).keys() == numbered.keys()
     # Only where all names have it: a layer may be called `module`.
     mixed = {"module.weight": np.zeros(3), "fc.weight": np.zeros(3)}
     assert unwrap(mixed).keys() == mixed.keys()
     for nothing in ({}, {"a": 1}, [np.zeros(3)], np.zeros(3), {"model": {"lr": 1}}, None):
         with pytest.raises(UserError, match="no state dict"):
             unwrap(nothing)
+
+
+def test_what_does_not_fit_is_named_in_a_line_of_reading_length():
+    variables = small_variables()
+    state = to_torch(jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), variables["params"]))
+    state |= numpy_state(small()[0])
+    two = {f"{part}.{name}": value for part in ("net", "ema") for name, value in state.items()}
+    for found, expected in (
+        (two, "its weights lie under 'net.' and 'ema.', beside others (ema.features.0.weight"),
+        (
+            {f"model.{name}": value for name, value in state.items()} | {"loss.weight": np.ones(2)},
+            "its weights lie under 'model.', beside others (loss.weight)",
+        ),
+        (
+            {f"layer{k}.weight": np.ones(2) for k in range(200)},
+            "features.0.weight is missing (shape [4, 3, 3, 3]); features.0.bias is missing",
+        ),
+    ):
+        with pytest.raises(UserError) as caught:
+            variables_from_torch(unwrap(found), variables)
+        assert expected in str(caught.value)
+        assert len(str(caught.value)) < 300
+    assert str(caught.value).endswith("; and 210 more")
+    variables_from_torch(state | {"loss": np.float32(1)}, variables)
 
 
 def test_the_last_layer_is_the_one_of_the_logits():
