@@ -1,10 +1,11 @@
 """Many runs of one recipe, of a seed each: `--seeds`. Groups that fit in memory are trained one
 after another (`group.py`), or dealt to the processes where there are several, which share the
-directory and nothing else; each run then gets a run directory of its own, and all of them the
-spread of what they found."""
+directory and nothing else (`shared_workdir.py`); each run then gets a run directory of its own,
+and all of them the spread of what they found."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -15,28 +16,31 @@ from typing import Any
 
 import numpy as np
 
-from cifar_jax import group_size, hosts, many_finish, records, replicas, together
+from cifar_jax import group_size, many_finish, records, replicas, shared_workdir
 from cifar_jax.checks import check_first_forward
 from cifar_jax.clock import Clock
 from cifar_jax.errors import UserError
 from cifar_jax.group import Group, Position, Programs, make_programs
+from cifar_jax.hosts import ALONE, Process
 from cifar_jax.members import folder_of, write_members
 from cifar_jax.progress import Progress
 from cifar_jax.run import Run
 from cifar_jax.training import Interrupted, Print
-from cifar_jax.workdir import Config, show_seeds, write_json
+from cifar_jax.workdir import Config, locked, show_seeds, write_json
 
 DONE = "complete.json"  # in a group's folder: what became of it
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """How many runs are trained: `programs` for groups of `size`, each run of about `bytes`."""
+    """How many runs are trained: `programs` for groups of `size`, each run of about `bytes`; this
+    `process` trains a share of the groups."""
 
     programs: Programs
     size: int
     bytes: int
     available: int | None
+    process: Process = ALONE
 
 
 def make_plan(
@@ -46,9 +50,10 @@ def make_plan(
     asked_devices: str,
     asked_size: int | None,
     step: Callable | None = None,
+    process: Process = ALONE,
 ) -> Plan:
     """Decides form, devices and group size for `count` runs as `run`; `step` as `make_programs`
-    takes it. Of several processes each gets a share; all must call it.
+    takes it. Of several processes each gets a share.
 
     Raises:
       UserError: unknown form, more devices than there are, or a data set too large for one.
@@ -56,18 +61,18 @@ def make_plan(
     if run.place != "resident":
         raise UserError("many runs at once need a data set that fits on every device; this is not")
     form = replicas.choose_form(asked_form)
-    share = -(-count // hosts.count())
+    share = -(-count // process.count)
     mesh = replicas.replica_mesh(asked_devices, share, run.config.recipe.batch_size, run.parameters)
-    available = group_size.available_bytes()
+    available = group_size.available_bytes(process.count)
     rows, columns = mesh.devices.shape
     fitting, size = group_size.group_size(run, form, rows, available, columns)
     fitting = min(asked_size or fitting, share)
-    return Plan(make_programs(run, form, mesh, step), fitting, size, available)
+    return Plan(make_programs(run, form, mesh, step), fitting, size, available, process)
 
 
 def opening_lines(run: Run, plan: Plan) -> list[str]:
     """Returns what is said of the replicas before training."""
-    seeds, form, processes = run.config.seeds, plan.programs.form, hosts.count()
+    seeds, form, processes = run.config.seeds, plan.programs.form, plan.process.count
     how = {"map": "one after another on each", "vmap": "together in every step"}[form]
     lines = [
         f"Replicas   {len(seeds)} runs, seeds {show_seeds(seeds)}, "
@@ -88,7 +93,8 @@ def opening_lines(run: Run, plan: Plan) -> list[str]:
 def train_and_test(
     run: Run, plan: Plan, workdir: Path, stop: Callable[[], int | None], say: Print
 ) -> dict:
-    """Trains, tests and writes what is not there yet; returns what `summary.json` holds.
+    """Trains, tests and writes what is not there yet; returns what `summary.json` holds, in other
+    processes than 0 nothing.
 
     Raises:
       Interrupted: stopped by a signal, after saving.
@@ -98,7 +104,7 @@ def train_and_test(
     members = [run.with_config(_config_of(run, seed)) for seed in run.config.seeds]
     say(check_first_forward(run, run.create(initial=run.initial)))
     images = recipe.epochs * len(run.training)
-    with Progress(images * len(members), shown=together.is_leader()) as bar:
+    with Progress(images * len(members), shown=plan.process.leads) as bar:
         done = train_groups(
             members,
             plan,
@@ -109,10 +115,10 @@ def train_and_test(
             bar.print if say is print else say,
             bar,
         )
-    size = _group_size(plan.size, workdir)
-    return together.by_leader(
-        lambda: many_finish.finish(run, members, plan.programs, size, done, workdir, say)
-    )
+    if not plan.process.leads:
+        return {}
+    size, processes = _group_size(plan.size, workdir), plan.process.count
+    return many_finish.finish(run, members, plan.programs, size, processes, done, workdir, say)
 
 
 def train_groups(
@@ -128,7 +134,8 @@ def train_groups(
     names: Sequence[str] | None = None,
 ) -> list[dict]:
     """Trains runs in groups that fit in memory, one after another; what is done is not done again.
-    Of several processes each takes its share of the groups, and all return together.
+    Of several processes each takes its share of the groups, then those of processes that have
+    ended, and returns when all are trained.
 
     Args:
       members: the runs, all of the same programs and shapes.
@@ -146,43 +153,46 @@ def train_groups(
       Interrupted: stopped by a signal, after saving.
       UserError: a full disk, or no good checkpoint among those there.
     """
-    size = together.by_leader(lambda: _group_size(plan.size, workdir))
-    recipe, processes, this = members[0].config.recipe, hosts.count(), hosts.index()
+    size, recipe = _group_size(plan.size, workdir), members[0].config.recipe
     images = recipe.epochs * len(members[0].training)
     last_step = recipe.epochs * members[0].steps_per_epoch
-    folders, trained = [], 0
-    for number, first in enumerate(range(0, len(members), size)):
-        part = slice(first, first + size)
-        group, folder = members[part], workdir / "groups" / str(number)
-        folders.append(folder)
-        mine = number % processes == this
-        if not mine or _is_done(folder, group, is_intact):
-            bar.skip(images * len(group))
-            trained += mine
-            continue
-        signal = stop()
-        if signal and trained:
-            raise Interrupted(signal, last_step)
-        if size < len(members):
-            runs = f"{len(group)} run{'s' if len(group) > 1 else ''}"
-            say(f"Group {number + 1} of {-(-len(members) // size)}: {runs}")
-        clock = Clock()
-        group = [dataclasses.replace(member, clock=clock) for member in group]
-        own = {name: values[part] for name, values in (numbers or {}).items()}
-        called = names[part] if names else None
-        with Group(group, plan.programs, folder, stop, say, bar, own, called) as training:
-            at = training.train()
-            say("Testing every run")
-            result = work(training, at)
-        done = {"result": records.to_json(result), "seconds": clock.seconds(), "process": this}
-        write_json(folder / DONE, done)
-        for name in ("metrics.jsonl", "checkpoints"):
-            _remove(folder / name)
-        trained += 1
-    signal = together.wait_for_all(stop)
-    if signal:
-        raise Interrupted(signal, last_step)
-    return [_read(folder / DONE) for folder in folders]
+    places = range(0, len(members), size)
+    folders = [workdir / "groups" / str(number) for number in range(len(places))]
+    locks = [folder / ".lock" for folder in folders]
+    found: dict[int, dict] = {}
+    with contextlib.closing(shared_workdir.turns(locks, plan.process, stop, say)) as turns:
+        for number in turns:
+            part, folder = slice(places[number], places[number] + size), folders[number]
+            group = members[part]
+            if _is_done(folder, group, is_intact):
+                bar.skip(images * len(group))
+                found[number] = _read(folder / DONE)
+                continue
+            signal = stop()
+            if signal and found:
+                raise Interrupted(signal, last_step)
+            if size < len(members):
+                runs = f"{len(group)} run{'s' if len(group) > 1 else ''}"
+                say(f"Group {number + 1} of {len(places)}: {runs}")
+            clock = Clock()
+            group = [dataclasses.replace(member, clock=clock) for member in group]
+            own = {name: values[part] for name, values in (numbers or {}).items()}
+            called = names[part] if names else None
+            with Group(group, plan.programs, folder, stop, say, bar, own, called) as training:
+                at = training.train()
+                say("Testing every run")
+                result = work(training, at)
+            found[number] = {
+                "result": records.to_json(result),
+                "seconds": clock.seconds(),
+                "process": plan.process.index,
+            }
+            write_json(folder / DONE, found[number])
+            for name in ("metrics.jsonl", "checkpoints"):
+                _remove(folder / name)
+    if len(found) < len(folders):
+        raise Interrupted(stop(), last_step)
+    return [found[number] for number in range(len(folders))]
 
 
 def _is_done(folder: Path, group: Sequence[Run], is_intact: Callable) -> bool:
@@ -202,13 +212,14 @@ def _remove(path: Path) -> None:
 
 
 def _group_size(size: int, workdir: Path) -> int:
-    """Returns how many runs make a group: as an earlier part of the same command decided."""
+    """Returns how many runs make a group: as an earlier part of the same command, or another
+    process, decided."""
     file = workdir / "groups" / "size.json"
-    if file.exists():
-        return _read(file)["size"]
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_json(file, {"size": size})
-    return size
+    with locked(file.parent / ".lock", wait=True):
+        if not file.exists():
+            write_json(file, {"size": size})
+        return _read(file)["size"]
 
 
 def _are_written(group: Sequence[Run], diverged: Mapping, workdir: Path) -> bool:

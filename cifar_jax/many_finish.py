@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from cifar_jax import hosts, published, records, replicas, report
+from cifar_jax import published, records, replicas, report
 from cifar_jax import spread as spreads
 from cifar_jax.clock import peak_memory
 from cifar_jax.environment import environment
@@ -36,6 +36,7 @@ def finish(
     members: Sequence[Run],
     programs: Programs,
     size: int,
+    processes: int,
     done: Sequence[Mapping],
     workdir: Path,
     say: Print,
@@ -46,6 +47,7 @@ def finish(
       run: the first of the runs, as of the start; its config knows all seeds.
       members: every run.
       programs, size: of the groups in which they were trained.
+      processes: that trained them.
       done: from `many.train_groups`.
 
     Returns:
@@ -76,8 +78,8 @@ def finish(
             "parameters": run.parameters,
             "lowering": run.options.lowering,
             "form": programs.form,
-            "devices": programs.mesh.size * hosts.count(),
-            "processes": hosts.count(),
+            "devices": programs.mesh.size * processes,
+            "processes": processes,
             "devices_sharing_a_batch": replicas.sharing_a_batch(programs.mesh),
             "group_size": min(size, len(members)),
             **found,

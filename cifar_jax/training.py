@@ -233,6 +233,7 @@ class _Loop:
         if several:  # a process reads the images of its own devices only
             order = feed.columns(order, jax.process_index(), jax.process_count(), run.devices)
         for data, rows, length in feed.stream(source, order, start, per_chunk):
+            together.numbers(length)  # before a program on all devices, who cannot go on says so
             if several:
                 yield length, *resident.put_own(data, rows, run.mesh), 0
             else:

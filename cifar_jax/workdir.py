@@ -211,6 +211,16 @@ def _check_contents(path: Path, overwrite: bool) -> None:
         )
 
 
+def check_config(path: Path, config: Config) -> None:
+    """Raises `UserError` where the run directory `path` is that of another run than `config`."""
+    found = differences(read_config(path), config)
+    if found:
+        raise UserError(
+            f"{path} holds another run; {'; '.join(found)}. Name another --workdir, or give "
+            "--overwrite to start anew"
+        )
+
+
 @contextlib.contextmanager
 def open_workdir(path: Path | str, config: Config, *, overwrite: bool = False) -> Iterator[bool]:
     """Locks `path` for this process and makes it the directory of the run `config`.
@@ -224,7 +234,9 @@ def open_workdir(path: Path | str, config: Config, *, overwrite: bool = False) -
     """
     path = Path(path).absolute()
     _check_usable(path)
-    with _locked(path):
+    with locked(path / ".lock") as free:
+        if not free:
+            raise UserError(f"--workdir {path} is in use by another process")
         for pattern in (".config.json.*", ".summary.json.*", ".write-*"):  # of killed processes
             for left in path.glob(pattern):
                 left.unlink(missing_ok=True)
@@ -236,29 +248,30 @@ def open_workdir(path: Path | str, config: Config, *, overwrite: bool = False) -
                 shutil.rmtree(target) if target.is_dir() else target.unlink(missing_ok=True)
         resume = (path / "config.json").exists()
         if resume:
-            found = differences(read_config(path), config)
-            if found:
-                raise UserError(
-                    f"{path} holds another run; {'; '.join(found)}. Name another --workdir, "
-                    "or give --overwrite to start anew"
-                )
+            check_config(path, config)
         else:
             write_json(path / "config.json", config.to_dict())
         yield resume
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    try:
-        lock = open(path / ".lock", "w")  # noqa: SIM115 - closed below
-    except OSError as error:
-        raise UserError(f"--workdir {path} cannot be written: {error.strerror}") from None
-    with lock:
+def locked(path: Path, *, wait: bool = False) -> Iterator[bool]:
+    """Yields whether this process has the lock on the file `path`, which it makes: False where
+    another one has it, unless `wait` is for that. The system frees the lock of a dead process.
+
+    Raises:
+      UserError: it cannot be made, or the file system has no locks.
+    """
+    with contextlib.ExitStack() as stack:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"--workdir {path} is in use by another process") from None
-        yield
+            file = stack.enter_context(open(path, "a"))
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            held = True
+        except BlockingIOError:
+            held = False
+        except OSError as error:
+            raise UserError(f"--workdir: {path} cannot be locked: {error.strerror}") from None
+        yield held
 
 
 def write_json(path: Path, values: dict) -> None:

@@ -98,19 +98,20 @@ def main(arguments: Sequence[str] | None = None, say=print) -> dict:
     name, recipe, varied, points = plan_of(options)
     if not options.save_minutes > 0:
         raise UserError(f"--save-minutes must be above 0, got {options.save_minutes:g}")
-    from cifar_jax import hosts, together
+    from cifar_jax import hosts
 
-    where = (options.coordinator, options.num_processes, options.process_id)
-    with hosts.joined(*where, apart=True):
-        cli.start_device(options)
-        words = sys.argv[1:] if arguments is None else arguments
-        tell = say if together.is_leader() else together.warn
-        return _main(options, name, recipe, varied, points, words, tell)
+    process = hosts.numbered(options.coordinator, options.num_processes, options.process_id)
+    cli.start_device(options)
+    words = sys.argv[1:] if arguments is None else arguments
+    tell = say if process.leads else process.warn
+    return _main(options, name, recipe, varied, points, words, tell, process)
 
 
-def _main(options, name: str, recipe: Recipe, varied, points, words: Sequence[str], say) -> dict:
+def _main(
+    options, name: str, recipe: Recipe, varied, points, words: Sequence[str], say, process
+) -> dict:
     """`main` in each of the processes, of which the leader alone prints and reports."""
-    from cifar_jax import together, training
+    from cifar_jax import shared_workdir, together, training
     from cifar_jax.train import stop_requests
     from cifar_jax.workdir import Config, describe_data
 
@@ -125,38 +126,44 @@ def _main(options, name: str, recipe: Recipe, varied, points, words: Sequence[st
         | ({"random": [options.random, options.random_seed]} if options.random else {}),
     )
     workdir = Path(options.workdir or f"runs/sweep-{name}").absolute()
-    sweep = Sweep(config, dataset, varied, points, options)
-    how = {
+    sweep = Sweep(config, dataset, varied, points, options, process)
+    settings = {
+        **config.to_dict(),
+        **together.machine(),
         "group size": options.group_size,
         "replica form": sweep.form,
         "convolutions": sweep.run_options.lowering,
     }
-    together.check_same({**config.to_dict(), **together.machine(), **how})
+    overwrite = options.overwrite
     with (
-        together.open_shared(workdir, config, overwrite=options.overwrite),
+        shared_workdir.open_shared(workdir, config, process, settings, overwrite=overwrite),
         stop_requests() as stop,
     ):
         try:
-            rows, seconds = sweep.train(workdir, together.relayed(stop), say)
+            stop = shared_workdir.relayed(stop, workdir, process)
+            rows, seconds = sweep.train(workdir, stop, say)
         except training.Interrupted as interrupted:
             number, step = interrupted.args
             again = shlex.join([word for word in words if word != "--overwrite"])
             say(f"Stopped by {signal.Signals(number).name} after step {step}; all is saved.")
             say(f"Go on with: python -m experiments.sweep {again}")
             raise SystemExit(128 + number) from None
-        return together.by_leader(
-            lambda: sweep_report.report(config, varied, points, rows, seconds, workdir, say)
-        )
+        if not process.leads:
+            return {}
+        return sweep_report.report(config, varied, points, rows, seconds, workdir, say)
 
 
 class Sweep:
     """All programs of a sweep, one after another."""
 
-    def __init__(self, config, dataset, varied: Sequence[Axis], points: Sequence[dict], options):
+    def __init__(
+        self, config, dataset, varied: Sequence[Axis], points: Sequence[dict], options, process
+    ):
         from cifar_jax import replicas
         from cifar_jax.run import Options
 
         self.config, self.dataset, self.points, self.options = config, dataset, points, options
+        self.process = process
         self.programs = axes_of.programs_of(points, varied)
         self.form = replicas.choose_form(options.replica_form)
         lowering = replicas.choose_lowering(self.form, options.conv)
@@ -165,7 +172,7 @@ class Sweep:
 
     def train(self, workdir: Path, stop, say) -> tuple[list[dict], dict]:
         """Trains what is missing; returns a row for each run, and {phase: seconds}."""
-        from cifar_jax import from_recipe, many, many_finish, replicas, together
+        from cifar_jax import from_recipe, many, many_finish, replicas
         from cifar_jax.clock import Clock
         from cifar_jax.progress import Progress
         from cifar_jax.run import make_run
@@ -187,6 +194,7 @@ class Sweep:
                 self.options.devices,
                 self.options.group_size,
                 from_recipe.swept_step_of(base, run.model, run.steps_per_epoch),
+                self.process,
             )
             if static:
                 say(f"Program {number + 1} of {len(self.programs)}: {sweep_report.shown(static)}")
@@ -195,7 +203,7 @@ class Sweep:
                 f"{replicas.describe_mesh(plan.programs.mesh)}"
             )
             images = base.epochs * len(run.training) * len(runs)
-            with Progress(images, shown=together.is_leader()) as bar:
+            with Progress(images, shown=self.process.leads) as bar:
                 done = many.train_groups(
                     members,
                     plan,
