@@ -104,29 +104,16 @@ def _number(environ: Mapping[str, str], name: str) -> int:
     return int(text) if text.isdecimal() else 0
 
 
-def check_flags(
-    coordinator: str | None, processes: int | None, process: int | None, *, joining: bool = True
-) -> bool:
-    """Returns whether they say that there are several processes.
-
-    Args:
-      joining: whether the coordinator is needed too.
-
-    Raises:
-      UserError: some are missing, or wrong.
-    """
-    given = {"--num-processes": processes, "--process-id": process}
-    if joining or coordinator is not None:
-        given = {"--coordinator": coordinator, **given}
+def check_flags(coordinator: str | None, processes: int | None, process: int | None) -> bool:
+    """Returns whether the three were given. Raises `UserError` for one or two, or wrong ones."""
+    given = {"--coordinator": coordinator, "--num-processes": processes, "--process-id": process}
     missing = [name for name, value in given.items() if value is None]
-    if len(missing) == len(given) or (processes == 1 and len(missing) == len(given) - 1):
+    if len(missing) == 3 or (processes == 1 and len(missing) == 2):
         return False
     if missing:
         have = " and ".join(name for name in given if name not in missing)
-        raise UserError(
-            f"{have} given without {' and '.join(missing)}: it takes all of them or none"
-        )
-    host, _, port = (coordinator or "any:1").rpartition(":")
+        raise UserError(f"{have} given without {' and '.join(missing)}: it takes all three or none")
+    host, _, port = coordinator.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 65536:
         raise UserError(f"--coordinator must be HOST:PORT, got {coordinator!r}")
     if processes < 1:
@@ -149,7 +136,9 @@ def numbered(
       UserError: wrong flags, or a Cloud TPU's workers, whose devices cannot be had apart.
     """
     found, own = ALONE, os.environ.get("JAX_LOCAL_DEVICE_IDS")
-    if check_flags(coordinator, processes, process, joining=False):
+    if process is not None:
+        coordinator = coordinator or "any:1"  # they join nobody
+    if check_flags(coordinator, processes, process):
         found = Process(process, processes)
     elif processes is None and (name := cluster()):
         if name == "Cloud TPU":

@@ -103,15 +103,16 @@ def relayed(
 ) -> Callable[[], int | None]:
     """Returns `stop` for all processes: a number that one gives reaches the others when they next
     ask."""
-    file = workdir / "groups" / "stop"
+    file, number = workdir / "groups" / "stop", None
 
     def asked() -> int | None:
-        number = stop()
+        nonlocal number
         with contextlib.suppress(OSError):
-            if number:
+            if number is None and (number := stop()):
                 file.write_text(str(number))
-            # Read, not looked for: network file systems remember for a while what is not there.
-            return number or int(file.read_text() or 0) or None
+            elif number is None:
+                # Read, not looked for: a network file system goes on saying what was not there.
+                number = int(file.read_text() or 0) or None
         return number
 
     return asked if process.count > 1 else stop

@@ -133,11 +133,6 @@ def share(tree: Any) -> Any:
     return jax.tree.unflatten(treedef, back)
 
 
-def own_copy(tree: Any) -> Any:
-    """Returns arrays that every device holds whole as arrays of this process alone."""
-    return jax.tree.map(lambda x: x.addressable_data(0) if isinstance(x, jax.Array) else x, tree)
-
-
 def open_checkpoints(directory: Path):
     """Returns `checkpoints.Checkpoints`; of several processes the leader's serve all."""
     leaders = Checkpoints(directory) if is_leader() else None
@@ -156,8 +151,10 @@ class Shared:
 
     def save(self, step: int, state: Any, extra: dict | None = None, **options) -> None:
         if self._leaders is not None:
-            host = jax.tree.map(lambda x: x if is_key(x) else np.asarray(x), own_copy(state))
-            self._leaders.save(step, host, extra, **options)
+            own = jax.tree.map(  # of arrays that every device holds whole
+                lambda x: x.addressable_data(0) if isinstance(x, jax.Array) else x, state
+            )
+            self._leaders.save(step, own, extra, **options)
 
     def restore(self, abstract_state: Any, *, which: str | int = "latest"):
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), abstract_state)

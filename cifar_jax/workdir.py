@@ -270,7 +270,10 @@ def locked(path: Path, *, wait: bool = False) -> Iterator[bool]:
         except BlockingIOError:
             held = False
         except OSError as error:
-            raise UserError(f"--workdir: {path} cannot be locked: {error.strerror}") from None
+            raise UserError(
+                f"cannot lock {path}: {error.strerror}; name a --workdir that can be written, on a "
+                "file system with locks"
+            ) from None
         yield held
 
 

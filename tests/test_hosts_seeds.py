@@ -1,6 +1,8 @@
 """`--seeds` in several processes over loopback: each trains its share of the runs."""
 
 import contextlib
+import errno
+import os
 import shutil
 import signal
 
@@ -9,7 +11,7 @@ from hosts_support import Processes, until_saved
 from test_many import assert_same
 from tiny_data import summary_of, tiny, words
 
-from cifar_jax import shared_workdir, train
+from cifar_jax import shared_workdir, train, workdir
 from cifar_jax.errors import UserError
 from cifar_jax.hosts import Process
 from cifar_jax.recipes import RECIPES
@@ -113,14 +115,30 @@ def test_who_may_train_in_a_shared_workdir(tmp_path):
 
 
 def test_a_signal_of_one_reaches_all_until_process_0_starts_again(tmp_path):
-    asked = {i: shared_workdir.relayed(lambda: None, tmp_path, Process(i, 2)) for i in range(2)}
-    assert asked[0]() is None, "there is no directory yet"
+    def stops(*mine):
+        return [
+            shared_workdir.relayed(lambda got=got: got, tmp_path, Process(i, 3))
+            for i, got in enumerate(mine)
+        ]
+
+    before = stops(None, None, None)
+    assert before[0]() is None, "there is no directory yet"
     with shared(tmp_path, 0, {}):
-        assert [asked[0](), asked[1]()] == [None, None]
-        assert shared_workdir.relayed(lambda: 15, tmp_path, Process(1, 2))() == 15
-        assert [asked[0](), asked[1]()] == [15, 15]
+        assert [asked() for asked in before] == [None] * 3
+        assert [asked() for asked in stops(None, 15, None)] == [None, 15, 15]
+        assert [asked() for asked in before] == [15] * 3
     with shared(tmp_path, 0, {}):
-        assert [asked[0](), asked[1]()] == [None, None]
+        assert [asked() for asked in stops(None, None, None)] == [None] * 3
+        assert [asked() for asked in before] == [15] * 3
+
+
+def test_a_file_system_without_locks_is_refused(tmp_path, monkeypatch):
+    def flock(file, how):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(workdir.fcntl, "flock", flock)
+    with pytest.raises(UserError, match=r"cannot lock .*: No locks available; name a"):
+        workdir.open_workdir(tmp_path, config()).__enter__()
 
 
 def test_groups_go_to_whoever_is_free(tmp_path, monkeypatch):
