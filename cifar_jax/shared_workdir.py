@@ -21,7 +21,7 @@ from typing import Any
 from cifar_jax.errors import UserError
 from cifar_jax.hosts import Process
 from cifar_jax.together import check_settings
-from cifar_jax.workdir import Config, check_config, locked, open_workdir
+from cifar_jax.workdir import Config, check_config, locked, open_workdir, write_json
 
 SEEN_SECONDS = 60.0  # for process 0 to load its data and open the directory, and others to see it
 
@@ -52,7 +52,7 @@ def open_shared(
         with open_workdir(workdir, config, overwrite=overwrite) as resume:
             folder = workdir / "groups"
             folder.mkdir(exist_ok=True)
-            (folder / "stop").write_text("")
+            write_json(folder / "stop", 0)
             with _published(folder / "settings.json", settings):
                 yield resume
         return
@@ -77,10 +77,9 @@ def open_shared(
 def _published(path: Path, settings: Mapping[str, Any]) -> Iterator[None]:
     """Others find the whole file under that name, locked; one left by a dead process is not."""
     mine = path.with_name(f".{path.name}")
-    with open(mine, "w", encoding="utf-8") as file:
+    write_json(mine, settings)
+    with open(mine, "a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        json.dump(settings, file)
-        file.flush()
         os.replace(mine, path)
         yield
 
@@ -107,12 +106,12 @@ def relayed(
 
     def asked() -> int | None:
         nonlocal number
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, UserError):
             if number is None and (number := stop()):
-                file.write_text(str(number))
+                write_json(file, number)
             elif number is None:
                 # Read, not looked for: a network file system goes on saying what was not there.
-                number = int(file.read_text() or 0) or None
+                number = json.loads(file.read_text()) or None
         return number
 
     return asked if process.count > 1 else stop
