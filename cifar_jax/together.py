@@ -151,10 +151,7 @@ class Shared:
 
     def save(self, step: int, state: Any, extra: dict | None = None, **options) -> None:
         if self._leaders is not None:
-            own = jax.tree.map(  # of arrays that every device holds whole
-                lambda x: x.addressable_data(0) if isinstance(x, jax.Array) else x, state
-            )
-            self._leaders.save(step, own, extra, **options)
+            self._leaders.save(step, jax.tree.map(_own, state), extra, **options)
 
     def restore(self, abstract_state: Any, *, which: str | int = "latest"):
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), abstract_state)
@@ -182,6 +179,14 @@ class Shared:
     def __exit__(self, *error) -> None:
         if self._leaders is not None:
             self._leaders.__exit__(*error)
+
+
+def _own(leaf: Any) -> Any:
+    """What every device holds whole, as an array of this process: one that Orbax will save, which
+    refuses those on the devices of one of several."""
+    if isinstance(leaf, jax.Array):
+        leaf = leaf.addressable_data(0)
+    return leaf if is_key(leaf) else np.asarray(leaf)
 
 
 def _blank(shape: jax.ShapeDtypeStruct) -> Any:

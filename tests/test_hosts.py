@@ -132,7 +132,7 @@ def test_an_error_in_one_process_ends_all_with_its_message(failing, tiny, folder
         want = f"--workdir {workdir} holds other files"
     else:
         arguments[1] = [*RUN, "--data-dir", str(tmp_path / "nowhere"), "--no-download"]
-        want = "nowhere"
+        want = "cifar10 is not prepared and must not be downloaded"
     began = time.monotonic()
     status, texts = Processes(folder, workdir, arguments).wait()
     assert status == [2, 2], texts
