@@ -89,30 +89,43 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def lock(path: Path, in_use: Callable[[], None]) -> Iterator[None]:
-    """Holds an exclusive lock on the file `path`; the system frees it if the process dies.
+def lock(
+    path: Path, *, waiting: Callable[[], None] | None = None, needed: bool = False
+) -> Iterator[bool]:
+    """Yields whether this process has the exclusive lock on the file `path`, which it makes; the
+    system frees the lock of a process that dies.
 
-    Where the system or the file system has no locks, it says so and goes on without.
+    Where the system or the file system has no locks, it says so and goes on as if it had it.
 
     Args:
-      in_use: called where another process holds the lock: raises, or returns to wait for it.
+      waiting: called where another process has the lock, and then waited for; without it the
+        result is False there.
+      needed: without locks it is an `OSError`.
     """
     with open(path, "a") as file:
         try:
-            import fcntl
+            held = _locked(file, waiting)
+        except (ImportError, OSError) as error:
+            if needed:
+                raise OSError(errno.ENOTSUP, f"no locks ({error})") from None
+            _say_unlocked(path.parent, getattr(error, "strerror", None) or "not on this system")
+            held = True
+        yield held
 
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                if error.errno not in _HELD:
-                    raise
-                in_use()
-                fcntl.flock(file, fcntl.LOCK_EX)
-        except ImportError:
-            _say_unlocked(path.parent, "not on this system")
-        except OSError as error:
-            _say_unlocked(path.parent, error.strerror)
-        yield
+
+def _locked(file, waiting: Callable[[], None] | None) -> bool:
+    import fcntl
+
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in _HELD:
+            raise
+        if waiting is None:
+            return False
+        waiting()
+        fcntl.flock(file, fcntl.LOCK_EX)
+    return True
 
 
 @functools.cache  # once

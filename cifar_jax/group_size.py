@@ -7,7 +7,6 @@ from pathlib import Path
 
 import jax
 
-from cifar_jax import hosts
 from cifar_jax.from_recipe import input_shape
 from cifar_jax.model_summary import summarise
 from cifar_jax.run import Run
@@ -34,11 +33,11 @@ def activation_bytes(run: Run) -> int:
     return ACTIVATIONS * 4 * numbers * -(-recipe.batch_size // recipe.accumulate)
 
 
-def available_bytes() -> int | None:
+def available_bytes(processes: int = 1) -> int | None:
     """Returns the memory that is free for replicas on all local devices, None if unknown.
 
     An accelerator says so itself (`memory_stats`); a CPU's is the host's, within the limit of the
-    process's control group, which several processes of a run share alike, as if on one host.
+    process's control group, which `processes` share alike, as if on one host.
     """
     devices = jax.local_devices()
     stats = devices[0].memory_stats() or {}
@@ -46,7 +45,7 @@ def available_bytes() -> int | None:
         return len(devices) * (stats["bytes_limit"] - stats.get("bytes_in_use", 0))
     free = [_meminfo(), _cgroup()]
     found = min((value for value in free if value is not None), default=None)
-    return found and found // hosts.count()
+    return found and found // processes
 
 
 def _meminfo() -> int | None:

@@ -1,49 +1,77 @@
-"""Several processes as one run: how they join, and how they end together.
+"""Several processes: which one this is, how they join to one run, and how that run ends.
 
-The devices of all processes share each batch. Every process computes; process 0, the leader, is
-the only one that prints and touches the run directory (`cifar_jax.together`). Of many runs
-(`--seeds`) each process trains its share by itself, and writes it to the directory.
+The devices of all processes of one run share each batch. Every process computes; process 0, the
+leader, is the only one that prints and touches the run directory (`cifar_jax.together`). At the
+points where all of them exchange values they also learn of an error of one of them, and end with
+its message. Of a process that was killed JAX knows at the next collective, or after
+`HEARTBEAT_SECONDS` without a sign of life, and ends the others. The run directory is then as after
+a kill of one process: the same commands go on from the last checkpoint, on any number of processes
+and devices.
 
-What ends one process ends all: a user's error within a few seconds, with its message; one that was
-killed or cannot be reached within `HEARTBEAT_SECONDS` and a few more. The run directory is then as
-after a kill of one process: the same commands go on from the last checkpoint, on any number of
-processes and devices.
+Of many runs (`--seeds`) each process trains its share by itself (`cifar_jax.shared_workdir`).
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
+import dataclasses
 import importlib.util
+import json
 import os
-import signal
 import socket
 import sys
 import threading
 import time
+import traceback
 import urllib.request
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import jax
+import numpy as np
 
 from cifar_jax.errors import UserError
 
 JOIN_SECONDS = 50  # to wait for the coordinator, or for the others
-WAITING_SECONDS = 10  # of these, before the first process says what it waits for
 HEARTBEAT_SECONDS = 30  # without a sign of life, after which JAX takes a process for dead
-_PREFIX = "cifar_jax"
-_last_words = ""
-_abort_handler = None  # held here: C calls it
-_apart: tuple | None = None  # of processes that are apart: the store, this one's number, how many
-
-
+GO_ON = "start all processes again with the same commands to go on from the last checkpoint"
+_ROW = 1024  # bytes that go round in one collective: more than most of what is exchanged
+# What started the processes -> the variables of this one's number, of how many, and of its number
+# on its machine.
+_RANKS = {
+    "Open MPI": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+    "SLURM": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
+}
 # By which variables a process takes itself for one of several; they may be left over.
 _VARIABLES = {
     "Open MPI": ("OMPI_COMM_WORLD_SIZE",),
     "SLURM": ("SLURM_STEP_NUM_TASKS",),
     "Cloud TPU": ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES", "MEGASCALE_NUM_SLICES"),
 }
-_RANKS = ("OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
+
+
+@dataclasses.dataclass(frozen=True)
+class Process:
+    """One of `count` processes of a command, numbered from 0, the leader."""
+
+    index: int = 0
+    count: int = 1
+
+    @property
+    def leads(self) -> bool:
+        return self.index == 0
+
+    def warn(self, line: str) -> None:
+        """Says what a process that trains runs of its own has to say beside the leader."""
+        if line.startswith("warning"):
+            print(f"process {self.index}: {line}", file=sys.stderr)
+
+
+ALONE = Process()
+
+
+class Ended(UserError):
+    """An error of another process, which ends this one too."""
 
 
 def cluster(environ: Mapping[str, str] = os.environ) -> str | None:
@@ -105,33 +133,50 @@ def check_flags(coordinator: str | None, processes: int | None, process: int | N
     return processes > 1
 
 
-@contextlib.contextmanager
-def joined(
-    coordinator: str | None = None,
-    processes: int | None = None,
-    process: int | None = None,
-    *,
-    apart: bool = False,
-) -> Iterator[None]:
-    """Makes this process one of several if the flags or the environment say so.
-
-    Enter it before anything runs on a device. `processes` 1 alone stays alone whatever the
-    environment says. Where several processes are joined, an error that
-    leaves this block ends the process here, after the others have been told.
-
-    Args:
-      coordinator, processes, process: the flags.
-      apart: the processes know of each other and end together, but JAX takes each for a lone one:
-        its devices are this process's, and no program runs on those of several.
+def numbered(
+    coordinator: str | None = None, processes: int | None = None, process: int | None = None
+) -> Process:
+    """Returns which process this is, of those that train runs of their own, by the flags or the
+    environment. Under SLURM and Open MPI it takes the GPU of its number on the machine.
 
     Raises:
-      UserError: wrong flags, no coordinator that answers, or a Cloud TPU's workers, whose devices
-        cannot be had apart.
+      UserError: wrong flags, or a Cloud TPU's workers, whose devices cannot be had apart.
     """
-    began = time.monotonic()
+    found, own = ALONE, os.environ.get("JAX_LOCAL_DEVICE_IDS")
+    if process is not None:
+        coordinator = coordinator or "any:1"  # they join nobody
     if check_flags(coordinator, processes, process):
-        _wait_for_coordinator(coordinator, process)
-        where = f"coordinator {coordinator}"
+        found = Process(process, processes)
+    elif processes is None and (name := cluster()):
+        if name == "Cloud TPU":
+            raise UserError("many runs train on one TPU worker: give it --num-processes 1")
+        index, count, local = (_number(os.environ, variable) for variable in _RANKS[name])
+        found, own = Process(index, count), own or str(local)
+    if own and found.count > 1:  # as `jax.distributed` would
+        jax.config.update("jax_cuda_visible_devices", own)
+        jax.config.update("jax_rocm_visible_devices", own)
+    return found
+
+
+@contextlib.contextmanager
+def joined(
+    coordinator: str | None = None, processes: int | None = None, process: int | None = None
+) -> Iterator[None]:
+    """Makes this process one of several of one run if the flags or the environment say so.
+
+    Enter it before anything runs on a device. `processes` 1 alone stays alone whatever the
+    environment says. A `UserError` that leaves this block ends the others at their next
+    `exchange`; any other error ends this process at once, and the others as a kill of it would.
+
+    Raises:
+      UserError: wrong flags, or no coordinator that answers.
+    """
+    if check_flags(coordinator, processes, process):
+        began = time.monotonic()
+        if process:
+            _wait_for_coordinator(coordinator)
+        seconds = max(5, int(JOIN_SECONDS - (time.monotonic() - began)))
+        where, leads = f"coordinator {coordinator}", process == 0
         way_out = "each with its own --process-id and the same --num-processes; check the address"
         join = {
             "coordinator_address": coordinator,
@@ -140,78 +185,58 @@ def joined(
             "cluster_detection_method": "deactivate",
         }
     elif processes is None and (name := cluster()):
-        if apart and name == "Cloud TPU":
-            raise UserError("many runs train on one TPU worker: give it --num-processes 1")
         found = [f"{v}={os.environ[v]}" for v in _VARIABLES[name] if v in os.environ]
-        where, join = f"{name}: {', '.join(found) or 'its metadata server'}", {}
-        way_out = "or give --num-processes 1 if this one is alone"
+        where, way_out = (
+            f"{name}: {', '.join(found) or 'its metadata server'}",
+            "or give --num-processes 1 if this one is alone",
+        )
+        join, seconds = {}, JOIN_SECONDS
+        leads = name in _RANKS and _number(os.environ, _RANKS[name][0]) == 0
     else:
         yield
         return
-    if not apart:
-        jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.config.update("jax_enable_preemption_service", False)  # SIGTERM is ours
     way_out = f"start all of them, {way_out}"
-    late = f"not all processes came together within {JOIN_SECONDS} s ({where}): {way_out}"
-    _on_abort(late)
-    left = max(5, int(JOIN_SECONDS - (time.monotonic() - began)))
-    waiting = f"waiting for the other processes ({where}); {way_out}"
-    # JAX, which is later, adds a stack of C++.
-    timers = [threading.Timer(left, _exit_saying, [late])]
-    if not (process or any(_number(os.environ, rank) for rank in _RANKS)):
-        timers += [threading.Timer(WAITING_SECONDS, print, [waiting], {"file": sys.stderr})]
+    if leads:  # before: JAX aborts a process that is left alone later
+        print(
+            f"Waiting up to {seconds} s for all processes ({where}); {way_out}. If JAX ends this "
+            f"one later because another is lost, {GO_ON}",
+            file=sys.stderr,
+        )
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.config.update("jax_enable_preemption_service", False)  # SIGTERM is ours
+    late = f"not all processes came together within {seconds} s ({where}): {way_out}"
+    timer = threading.Timer(seconds, _exit_saying, [late])  # before JAX, which adds a stack of C++
+    timer.daemon = True
+    timer.start()
     try:
-        for timer in timers:
-            timer.daemon = True
-            timer.start()
         jax.distributed.initialize(
-            **join,
-            initialization_timeout=left + 5,
-            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+            **join, initialization_timeout=seconds + 10, heartbeat_timeout_seconds=HEARTBEAT_SECONDS
         )
     except Exception as error:
         said = str(error).rstrip(".")
         raise UserError(f"cannot join the other processes ({where}): {said}; {way_out}") from None
     finally:
-        for timer in timers:
-            timer.cancel()
-    _on_abort(
-        "another process of this run ended or cannot be reached (above is JAX's account); start "
-        "all processes again with the same commands to go on from the last checkpoint"
-    )
-    if apart:
-        _set_apart()
-    threading.Thread(target=_watch, daemon=True).start()
+        timer.cancel()
     try:
         yield
-        store().wait_at_barrier(f"{_PREFIX}/done", 600_000)
-    except SystemExit:
+        exchange()
+    except (Ended, SystemExit):  # all of them know
+        raise
+    except UserError as error:
+        with contextlib.suppress(Exception):
+            _allgather({"error": str(error)})
         raise
     except BaseException as error:
-        _end(error)
-    finally:
-        _end_apart()
+        _leave(error)
 
 
-def _set_apart() -> None:
-    """Hides the other processes from JAX, which has made no devices yet."""
-    global _apart
-    state = _jax_state()
-    _apart = state.client, state.process_id, state.num_processes
-    state.client, state.process_id, state.num_processes = None, 0, 1
+def _exit_saying(message: str) -> None:
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    os._exit(2)
 
 
-def _end_apart() -> None:
-    """Gives JAX back what it shuts down when the process ends."""
-    global _apart
-    if _apart:
-        _jax_state().client, _apart = _apart[0], None
-
-
-def _wait_for_coordinator(address: str, process: int) -> None:
+def _wait_for_coordinator(address: str) -> None:
     """Returns once process 0 listens. Raises `UserError` after `JOIN_SECONDS`."""
-    if process == 0:
-        return
     host, _, port = address.rpartition(":")
     deadline, reason = time.monotonic() + JOIN_SECONDS, ""
     while time.monotonic() < deadline:
@@ -227,84 +252,54 @@ def _wait_for_coordinator(address: str, process: int) -> None:
     )
 
 
-def _on_abort(message: str) -> None:
-    """Ends with `message` and status 2 where JAX would abort the process.
-
-    JAX does so from a thread of its own when it loses the coordinator or a process, and offers no
-    other way to have a word.
-    """
-    global _last_words, _abort_handler
-    _last_words = message
-    if _abort_handler is not None:
-        return
-    kind = ctypes.CFUNCTYPE(None, ctypes.c_int)
-    _abort_handler = kind(lambda _: _exit_saying(_last_words))
-    library = ctypes.CDLL(None)
-    library.signal.argtypes = [ctypes.c_int, kind]
-    library.signal(signal.SIGABRT, _abort_handler)
-
-
-def _exit_saying(message: str, status: int = 2) -> None:
-    os.write(2, f"error: {' '.join(message.split())}\n".encode())
+def _leave(error: BaseException) -> None:
+    """Ends this process, of an error that the others cannot be told: they may be in a program."""
+    status = 1
+    if isinstance(error, jax.errors.JaxRuntimeError):
+        status, account = 2, " ".join(str(error).split())[:300]
+        print(
+            f"error: another process of this run ended or cannot be reached (JAX says: {account}); "
+            f"{GO_ON}",
+            file=sys.stderr,
+        )
+    elif isinstance(error, KeyboardInterrupt):
+        status = 130
+        print("Interrupted", file=sys.stderr)
+    else:
+        traceback.print_exception(error)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # An ordinary exit would first wait for the others in JAX, which aborts where one is lost.
     os._exit(status)
 
 
-def _jax_state():
-    from jax._src import distributed  # the only door to the key-value store
+def exchange(value: Any = None) -> list[Any]:
+    """Returns what each process gave, by their numbers: anything JSON holds. All must call it, at
+    the same point.
 
-    return distributed.global_state
-
-
-def store():
-    """Returns the key-value store that the processes share."""
-    return _apart[0] if _apart else _jax_state().client
-
-
-def index() -> int:
-    """Returns this process's number, from 0."""
-    return _apart[1] if _apart else jax.process_index()
-
-
-def count() -> int:
-    """Returns how many processes there are."""
-    return _apart[2] if _apart else jax.process_count()
+    Raises:
+      Ended: one of them has ended instead, of a `UserError`.
+    """
+    if jax.process_count() == 1:
+        return [value]
+    said = _allgather({"value": value})
+    for process, found in enumerate(said):
+        if "error" in found:
+            raise Ended(f"process {process} of {len(said)} ended: {found['error']}")
+    return [found["value"] for found in said]
 
 
-def _watch() -> None:
-    """Ends this process when another has said that it ends, of an error."""
-    client = store()
-    while True:
-        time.sleep(1)
-        try:
-            for name, message in client.key_value_dir_get(f"{_PREFIX}/ended/"):
-                if name.rsplit("/", 1)[1] != str(index()):
-                    client.key_value_set(f"{_PREFIX}/told/{index()}", "")
-                    _exit_saying(message)
-        except jax.errors.JaxRuntimeError:
-            return  # the coordinator is gone; JAX ends this process
+def _allgather(value: Mapping[str, Any]) -> list[dict]:
+    from jax.experimental import multihost_utils
 
-
-def _end(error: BaseException) -> None:
-    """Tells the others of an error, waits until they know, and ends this process."""
-    this, others = index(), count() - 1
-    if isinstance(error, jax.errors.JaxRuntimeError):
-        # Most likely another process has died, which JAX finds out soon: then this never returns.
-        time.sleep(HEARTBEAT_SECONDS + 10)
-    elif this:
-        time.sleep(3)  # the leader has most likely the same error, and says it better
-    known = isinstance(error, (UserError, KeyboardInterrupt))
-    message = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-    with contextlib.suppress(Exception):
-        store().key_value_set(
-            f"{_PREFIX}/ended/{this}", f"process {this} of {others + 1} ended: {message}"
-        )
-        deadline = time.monotonic() + 10
-        while time.monotonic() < deadline and this == 0:  # it holds what the others read
-            if len(store().key_value_dir_get(f"{_PREFIX}/told/")) == others:
-                break
-            time.sleep(0.1)
-    sys.stdout.flush()
-    if not known:
-        sys.excepthook(type(error), error, error.__traceback__)
-        os._exit(1)
-    _exit_saying(message)
+    data = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    head = np.array([len(data)], "<i4").view(np.uint8)
+    room = _ROW - len(head)
+    row = np.concatenate([head, data[:room]])
+    rows = multihost_utils.process_allgather(np.pad(row, (0, _ROW - len(row))))
+    lengths = rows[:, : len(head)].copy().view("<i4")[:, 0]
+    rows = rows[:, len(head) :]
+    if lengths.max() > room:
+        size = 1 << int(lengths.max()).bit_length()
+        rows = multihost_utils.process_allgather(np.pad(data, (0, size - len(data))))
+    return [json.loads(row[:n].tobytes()) for row, n in zip(rows, lengths, strict=True)]

@@ -1,10 +1,11 @@
 """Many runs of one recipe, of a seed each: `--seeds`. Groups that fit in memory are trained one
 after another (`runs.Group`), or dealt to the processes where there are several, which share the
-directory and nothing else; each run then gets a run directory of its own, and all of them the
-spread of what they found."""
+directory and nothing else (`shared_workdir.py`); each run then gets a run directory of its own,
+and all of them the spread of what they found."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -14,10 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from cifar_jax import files, group_size, hosts, many_finish, records, replicas, together
+from cifar_jax import files, group_size, many_finish, records, replicas, shared_workdir
 from cifar_jax.checks import check_first_forward
 from cifar_jax.clock import Clock
 from cifar_jax.errors import UserError
+from cifar_jax.hosts import ALONE, Process
 from cifar_jax.members import TrainedGroup, folder_of, write_members
 from cifar_jax.progress import Progress
 from cifar_jax.resident import Placement
@@ -35,6 +37,7 @@ class Plan:
     size: int
     bytes: int
     available: int | None
+    process: Process = ALONE
 
 
 def make_plan(
@@ -44,9 +47,10 @@ def make_plan(
     asked_devices: str,
     asked_size: int | None,
     step: Callable | None = None,
+    process: Process = ALONE,
 ) -> Plan:
     """Decides form, devices and group size for `count` runs as `run`; `step` as
-    `replicas.make_programs` takes it. Of several processes each gets a share; all must call it.
+    `replicas.make_programs` takes it. Of several processes each gets a share.
 
     Raises:
       UserError: unknown form, more devices than there are, or a data set too large for one.
@@ -54,18 +58,19 @@ def make_plan(
     if run.place is not Placement.RESIDENT:
         raise UserError("many runs at once need a data set that fits on every device; this is not")
     form = replicas.choose_form(asked_form)
-    share = -(-count // hosts.count())
+    share = -(-count // process.count)
     mesh = replicas.replica_mesh(asked_devices, share, run.config.recipe.batch_size, run.parameters)
-    available = group_size.available_bytes()
+    available = group_size.available_bytes(process.count)
     rows, columns = mesh.devices.shape
     fitting, size = group_size.group_size(run, form, rows, available, columns)
     fitting = min(asked_size or fitting, share)
-    return Plan(replicas.make_programs(run, form, mesh, step), fitting, size, available)
+    programs = replicas.make_programs(run, form, mesh, step)
+    return Plan(programs, fitting, size, available, process)
 
 
 def opening_lines(run: Run, plan: Plan) -> list[str]:
     """Returns what is said of the replicas before training."""
-    seeds, form, processes = run.config.seeds, plan.programs.form, hosts.count()
+    seeds, form, processes = run.config.seeds, plan.programs.form, plan.process.count
     how = {"map": "one after another on each", "vmap": "together in every step"}[form]
     lines = [
         f"Replicas   {len(seeds)} runs, seeds {show_seeds(seeds)}, "
@@ -86,7 +91,8 @@ def opening_lines(run: Run, plan: Plan) -> list[str]:
 @dataclasses.dataclass(frozen=True)
 class Groups:
     """Runs of the same programs and shapes, trained in groups that fit in memory. What is done is
-    not done again. Several processes take every n-th group each, and share the folder:
+    not done again. Several processes take every n-th group each, then those of processes that have
+    ended, and share the folder:
 
         groups/size.json               {"size": runs in a group}, of the first start: it stays
         groups/<n>/metrics.jsonl       of group n in training: rows with their `member`
@@ -114,47 +120,51 @@ class Groups:
     names: Sequence[str] | None = None
 
     def size(self) -> int:
-        """Returns how many runs make a group: as an earlier part of the same command decided."""
+        """Returns how many runs make a group: as an earlier part of the same command, or another
+        process, decided."""
         file = self.folder / "groups" / "size.json"
-        if file.exists():
-            return _read(file)["size"]
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_json(file, {"size": self.plan.size})
-        return self.plan.size
+        with shared_workdir.group_lock(file.parent / ".lock", self.plan.process, lambda: None):
+            if not file.exists():
+                write_json(file, {"size": self.plan.size})
+            return _read(file)["size"]
 
     def train(self, stop: Callable[[], int | None], say: Print) -> list[dict]:
-        """Trains what is not done yet; returns what each group's `complete.json` holds. All
-        processes return together.
+        """Trains what is not done yet; returns what each group's `complete.json` holds, when all
+        groups are done.
 
         Raises:
           Interrupted: stopped by a signal, after saving.
           UserError: a full disk, or no good checkpoint among those there.
         """
-        run, size = self.members[0], together.by_leader(self.size)
+        run, size, process = self.members[0], self.size(), self.plan.process
         epochs = run.config.recipe.epochs
         images, last_step = epochs * len(run.training), epochs * run.steps_per_epoch
         parts = [slice(i, i + size) for i in range(0, len(self.members), size)]
-        with Progress(images * len(self.members), shown=together.is_leader()) as bar:
+        locks = [self._complete(number).with_name(".lock") for number in range(len(parts))]
+        done = set()
+        with (
+            Progress(images * len(self.members), shown=process.leads) as bar,
+            contextlib.closing(shared_workdir.turns(locks, process, stop, say)) as turns,
+        ):
             tell = bar.print if say is print else say
-            trained = 0
-            for number, part in enumerate(parts):
-                mine = number % hosts.count() == hosts.index()
-                if not mine or self._is_done(number, part):
-                    bar.skip(images * len(self.members[part]))
-                    trained += mine
+            for number in turns:
+                part = parts[number]
+                count = len(self.members[part])
+                if self._is_done(number, part):
+                    bar.skip(images * count)
+                    done.add(number)
                     continue
                 signal = stop()
-                if signal and trained:
+                if signal and done:
                     raise Interrupted(signal, last_step)
                 if len(parts) > 1:
-                    count = len(self.members[part])
                     runs = f"{count} run{'s' if count > 1 else ''}"
                     tell(f"Group {number + 1} of {len(parts)}: {runs}")
                 self._train_group(number, part, stop, tell, bar)
-                trained += 1
-        signal = together.wait_for_all(stop)
-        if signal:
-            raise Interrupted(signal, last_step)
+                done.add(number)
+        if len(done) < len(parts):
+            raise Interrupted(stop(), last_step)
         return [_read(self._complete(number)) for number in range(len(parts))]
 
     def _complete(self, number: int) -> Path:
@@ -177,7 +187,7 @@ class Groups:
             at = loop.train(loop.begin())
             say("Testing every run")
             result = self.work(TrainedGroup(group, at, loop.rows()))
-        result, process = records.to_json(result), hosts.index()
+        result, process = records.to_json(result), self.plan.process.index
         write_json(file, {"result": result, "seconds": clock.seconds(), "process": process})
         for name in ("metrics.jsonl", "checkpoints"):
             files.remove(file.parent / name)
@@ -202,7 +212,7 @@ def train_and_test(
         functools.partial(_are_written, workdir=workdir),
     )
     done = groups.train(stop, say)
-    return together.by_leader(lambda: many_finish.finish(run, groups, done, say))
+    return many_finish.finish(run, groups, done, say) if plan.process.leads else {}
 
 
 def _read(path: Path) -> dict:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from cifar_jax import hosts, parallel, published, records, report
+from cifar_jax import parallel, published, records, report
 from cifar_jax import spread as spreads
 from cifar_jax.clock import peak_memory
 from cifar_jax.environment import environment
@@ -58,6 +58,7 @@ def finish(run: Run, groups: Groups, done: Sequence[Mapping], say: Print) -> dic
             f"try --learning-rate {rate / 10:g}, --clip-norm 1 or --warmup-epochs 1, "
             "with --overwrite"
         )
+    processes = groups.plan.process.count
     found = spreads.of_directories(folders, run.dataset.splits["test"].labels)
     images = run.config.recipe.epochs * len(run.training) * len(members)
     training = seconds.get("training")
@@ -70,8 +71,8 @@ def finish(run: Run, groups: Groups, done: Sequence[Mapping], say: Print) -> dic
             "parameters": run.parameters,
             "lowering": run.options.lowering,
             "form": programs.form,
-            "devices": programs.mesh.size * hosts.count(),
-            "processes": hosts.count(),
+            "devices": programs.mesh.size * processes,
+            "processes": processes,
             "devices_sharing_a_batch": parallel.sharing_a_batch(programs.mesh),
             "group_size": min(groups.size(), len(members)),
             **found,

@@ -130,6 +130,7 @@ class Runs:
             mine = feed.columns(orders[0], jax.process_index(), jax.process_count(), run.devices)
             source = record_source(run.dataset.splits["train"])
             for data, rows, length in feed.stream(source, mine, step, lengths.streamed(size)):
+                together.numbers(length)  # before a program on all devices, an error is told here
                 yield Chunk(*resident.put_chunk(data, rows, run.mesh), 0, step, length)
                 step += length
             return

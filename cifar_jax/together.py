@@ -1,4 +1,4 @@
-"""What several processes of one run agree on, and what they get from the leader, process 0.
+"""What the processes of one run agree on, and what they get from the leader, process 0.
 
 Values that steer the training loop are exchanged at the same points by all, so that all take the
 same turns; what only the leader knows (the state in a checkpoint, how far to run before looking
@@ -7,58 +7,34 @@ again) the others get from it. With one process every function returns what it w
 
 from __future__ import annotations
 
-import contextlib
-import json
-import sys
-import time
-import uuid
-from collections.abc import Callable, Iterator, Mapping
+import collections
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from cifar_jax import hosts
 from cifar_jax.checkpoints import Checkpoints, Restored
 from cifar_jax.environment import environment
 from cifar_jax.errors import UserError
-from cifar_jax.hosts import store
-from cifar_jax.workdir import Config, open_workdir
-
-_asked = 0  # answers given by the leader so far; all processes count alike
-_waited = 0  # calls of `wait_for_all`, likewise
-SHARED_SECONDS = 10.0  # until what one process writes is seen by the others, at the latest
+from cifar_jax.hosts import Ended, exchange
+from cifar_jax.leaves import is_key
 
 
 def several() -> bool:
-    """Whether there is more than one process."""
-    return hosts.count() > 1
+    """Whether several processes make this run."""
+    return jax.process_count() > 1
 
 
 def is_leader() -> bool:
-    """Whether this process prints and writes."""
-    return hosts.index() == 0
+    """Whether this process of a run prints and has its directory."""
+    return jax.process_index() == 0
 
 
-def warn(line: str) -> None:
-    """Says what a process that trains runs of its own has to say beside the leader: warnings."""
-    if line.startswith("warning"):
-        print(f"process {hosts.index()}: {line}", file=sys.stderr)
-
-
-def from_leader(value: Any = None, seconds: float = 3600) -> Any:
-    """Returns the leader's `value`, anything JSON holds; the others' is not looked at. Every
-    process must call it, at the same point."""
-    global _asked
-    if not several():
-        return value
-    _asked += 1
-    name = f"cifar_jax/said/{_asked}"
-    if is_leader():
-        store().key_value_set(name, json.dumps(value))
-        return json.loads(json.dumps(value))
-    return json.loads(store().blocking_key_value_get(name, int(1000 * seconds)))
+def from_leader(value: Any = None) -> Any:
+    """Returns the leader's `value`, anything JSON holds, in every process; all must call it."""
+    return exchange(value if is_leader() else None)[0]
 
 
 def by_leader(function: Callable[[], Any]) -> Any:
@@ -68,11 +44,7 @@ def by_leader(function: Callable[[], Any]) -> Any:
 
 def numbers(*values: int) -> np.ndarray:
     """Returns int32 [processes, len(values)]: what each process gave. All must call it."""
-    if not several():
-        return np.array([values], np.int32)
-    from jax.experimental import multihost_utils
-
-    return multihost_utils.process_allgather(np.array(values, np.int32))
+    return np.array(exchange([int(value) for value in values]), np.int32)
 
 
 def any_of(stop: Callable[[], int | None]) -> Callable[[], int | None]:
@@ -80,110 +52,28 @@ def any_of(stop: Callable[[], int | None]) -> Callable[[], int | None]:
     return lambda: int(numbers(stop() or 0).max()) or None
 
 
-def relayed(stop: Callable[[], int | None]) -> Callable[[], int | None]:
-    """As `any_of`, for processes that go each its own way: a number that one of them gives reaches
-    the others when they next ask."""
-    told = False
-
-    def asked() -> int | None:
-        nonlocal told
-        number, client = stop(), store()
-        if number and not told:
-            client.key_value_set(f"cifar_jax/stop/{hosts.index()}", str(number))
-            told = True
-        return max((int(n) for _, n in client.key_value_dir_get("cifar_jax/stop/")), default=None)
-
-    return asked if several() else stop
-
-
-def wait_for_all(stop: Callable[[], int | None]) -> int | None:
-    """Returns once all processes have come here: None, or the number of a signal before that.
-    `stop` is from `relayed`."""
-    global _waited
-    if not several():
-        return None
-    _waited += 1
-    client, name = store(), f"cifar_jax/here/{_waited}"
-    client.key_value_set(f"{name}/{hosts.index()}", "")
-    number = None
-    while is_leader() and len(client.key_value_dir_get(f"{name}/")) < hosts.count():
-        number = stop()
-        if number:
-            break
-        time.sleep(0.2)
-    if is_leader():
-        client.key_value_set(f"{name}-all/0", json.dumps(number))
-    while not (said := client.key_value_dir_get(f"{name}-all/")):
-        stop()
-        time.sleep(0.2)
-    return json.loads(said[0][1])
-
-
-@contextlib.contextmanager
-def open_shared(workdir: Path, config: Config, *, overwrite: bool) -> Iterator[bool | None]:
-    """`open_workdir` for the leader; the others write to the same directory, unlocked, and are told
-    nothing of what was there (None).
-
-    Raises:
-      UserError: as there, or a process does not see the leader's directory.
-    """
-    opened = contextlib.nullcontext()
-    if is_leader():
-        opened = open_workdir(workdir, config, overwrite=overwrite)
-    with opened as resume:
-        _check_shared(workdir)
-        yield resume
-
-
-def _check_shared(folder: Path) -> None:
-    if not several():
-        return
-    file, token = folder / ".write-shared", uuid.uuid4().hex
-    if is_leader():
-        file.write_text(token)
-    token, place = from_leader([token, str(folder)])
-    deadline = time.monotonic() + SHARED_SECONDS
-    while not _holds(file, token):
-        if time.monotonic() > deadline:
-            raise UserError(
-                f"process {hosts.index()} does not see the run directory of process 0, {place}, at "
-                f"{folder}: all write to that of --seeds, so give a --workdir that all share"
-            )
-        time.sleep(0.2)
-    wait_for_all(lambda: None)
-    if is_leader():
-        file.unlink()
-
-
-def _holds(file: Path, text: str) -> bool:
-    with contextlib.suppress(OSError):
-        return file.read_text() == text
-    return False
-
-
-def check_same(mine: Mapping[str, Any], seconds: float = 3600) -> None:
+def check_same(mine: Mapping[str, Any]) -> None:
     """Compares with the leader what makes the processes one run: settings, data, versions.
 
     Args:
       mine: of this process, anything JSON holds.
-      seconds: to wait for the others, whose data may be still under way.
 
     Raises:
       UserError: a process differs; the message names it and the difference.
     """
-    if not several():
-        return
-    this, client = hosts.index(), store()
-    client.key_value_set(f"cifar_jax/settings/{this}", json.dumps(mine))
-    for process in range(hosts.count()) if is_leader() else (0, this):
-        text = client.blocking_key_value_get(f"cifar_jax/settings/{process}", int(1000 * seconds))
-        if process == 0:
-            leader = json.loads(text)
-        found = differences(leader, json.loads(text))
-        if found:
-            raise UserError(
-                f"process {process} is set up otherwise than process 0: {'; '.join(found)}"
-            )
+    devices = collections.Counter(device.process_index for device in jax.devices())
+    for process, count in sorted(devices.items()):
+        if count != devices[0]:  # nothing could be exchanged
+            raise Ended(f"process {process} has {count} devices, process 0 has {devices[0]}")
+    for process, theirs in enumerate(said := exchange(mine)):
+        check_settings(said[0], theirs, process)
+
+
+def check_settings(leaders: Mapping[str, Any], theirs: Mapping[str, Any], process: int) -> None:
+    """Raises `UserError` where the settings of a process are not the leader's."""
+    found = differences(leaders, theirs)
+    if found:
+        raise UserError(f"process {process} is set up otherwise than process 0: {'; '.join(found)}")
 
 
 def settings(run) -> dict[str, Any]:
@@ -234,18 +124,13 @@ def share(tree: Any) -> Any:
     from jax.experimental import multihost_utils
 
     leaves, treedef = jax.tree.flatten(tree)
-    plain = [np.asarray(jax.random.key_data(x) if _is_key(x) else x) for x in leaves]
+    plain = [np.asarray(jax.random.key_data(x) if is_key(x) else x) for x in leaves]
     got = multihost_utils.broadcast_one_to_all(plain)
     back = [
-        jax.random.wrap_key_data(value, impl=jax.random.key_impl(x)) if _is_key(x) else value
+        jax.random.wrap_key_data(value, impl=jax.random.key_impl(x)) if is_key(x) else value
         for value, x in zip(got, leaves, strict=True)
     ]
     return jax.tree.unflatten(treedef, back)
-
-
-def own_copy(tree: Any) -> Any:
-    """Returns arrays that every device holds whole as arrays of this process alone."""
-    return jax.tree.map(lambda x: x.addressable_data(0) if isinstance(x, jax.Array) else x, tree)
 
 
 def open_checkpoints(directory: Path):
@@ -266,8 +151,7 @@ class Shared:
 
     def save(self, step: int, state: Any, extra: dict | None = None, **options) -> None:
         if self._leaders is not None:
-            host = jax.tree.map(lambda x: x if _is_key(x) else np.asarray(x), own_copy(state))
-            self._leaders.save(step, host, extra, **options)
+            self._leaders.save(step, jax.tree.map(_own, state), extra, **options)
 
     def restore(self, abstract_state: Any, *, which: str | int = "latest"):
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), abstract_state)
@@ -297,12 +181,16 @@ class Shared:
             self._leaders.__exit__(*error)
 
 
-def _is_key(leaf: Any) -> bool:
-    return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+def _own(leaf: Any) -> Any:
+    """What every device holds whole, as an array of this process: one that Orbax will save, which
+    refuses those on the devices of one of several."""
+    if isinstance(leaf, jax.Array):
+        leaf = leaf.addressable_data(0)
+    return leaf if is_key(leaf) else np.asarray(leaf)
 
 
 def _blank(shape: jax.ShapeDtypeStruct) -> Any:
     """An array of that shape for `share` to fill."""
-    if _is_key(shape):
+    if is_key(shape):
         return jax.random.key(0)
     return np.zeros(shape.shape, shape.dtype)

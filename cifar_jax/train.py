@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import shlex
 import signal
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from cifar_jax import cli
@@ -142,29 +143,40 @@ def main(arguments: Sequence[str] | None = None, say=print) -> dict:
         raise UserError(f"--save-minutes must be above 0, got {options.save_minutes:g}")
     cli.check_replica_options(options)
     where = (options.coordinator, options.num_processes, options.process_id)
-    with hosts.joined(*where, apart=bool(options.seeds)):
+    apart = hosts.numbered(*where) if options.seeds else None
+    with nullcontext() if apart else hosts.joined(*where):
         alone = arguments is None and not options.seeds  # nothing else is trained in this process
         cli.start_device(options, recipe if alone else None)
         words = sys.argv[1:] if arguments is None else arguments
-        return _as_one(options, recipe_name, recipe, words, say)
+        return _as_one(options, recipe_name, recipe, words, say, apart)
 
 
-def _as_one(options, recipe_name, recipe, words: Sequence[str], say) -> dict:
+def _as_one(options, recipe_name, recipe, words: Sequence[str], say, apart) -> dict:
     """`_main` in each of several processes; the leader alone prints and has the run directory."""
     from cifar_jax import together
 
+    if apart:  # every process writes the directories of its own runs
+        said = say if apart.leads else apart.warn
+        return _main(options, recipe_name, recipe, words, said, apart)
     if together.is_leader():
         return _main(options, recipe_name, recipe, words, say)
     options.no_plots, options.tensorboard, options.overwrite = True, False, False
-    if options.seeds:  # every process writes the directories of its own runs
-        return _main(options, recipe_name, recipe, words, together.warn)
     with tempfile.TemporaryDirectory() as scratch:
         options.workdir = f"{scratch}/run"
         return _main(options, recipe_name, recipe, words, lambda _: None)
 
 
-def _main(options, recipe_name, recipe, words: Sequence[str], say) -> dict:
-    from cifar_jax import finish, initial, many, many_finish, replicas, together, training
+def _main(options, recipe_name, recipe, words: Sequence[str], say, apart=None) -> dict:
+    from cifar_jax import (
+        finish,
+        initial,
+        many,
+        many_finish,
+        replicas,
+        shared_workdir,
+        together,
+        training,
+    )
     from cifar_jax.clock import Clock
     from cifar_jax.from_recipe import input_shape
     from cifar_jax.run import Options, make_run
@@ -196,14 +208,19 @@ def _main(options, recipe_name, recipe, words: Sequence[str], say) -> dict:
         start = initial.load(source, run.model, input_shape(recipe, config.dataset["image_shape"]))
         run.start_from(start.variables, start.record)
         notices = [*start.notices, ""]
-    how = {"replica form": form, "group size": options.group_size} if seeds else {}
-    together.check_same(together.settings(run) | how)
+    settings = together.settings(run)
     opening = [*finish.opening_lines(run, workdir), *notices]
     if seeds:
-        plan = many.make_plan(run, len(seeds), form, options.devices, options.group_size)
-        opening = [*many.opening_lines(run, plan), *opening]
-    shown = many_finish.results_text if seeds else finish.results_text
-    opened = together.open_shared if seeds else open_workdir
+        settings |= {"replica form": form, "group size": options.group_size}
+        plan = many.make_plan(
+            run, len(seeds), form, options.devices, options.group_size, process=apart
+        )
+        opening = [*many.opening_lines(run, plan), *opening] if apart.leads else []
+        shown = many_finish.results_text
+        opened = functools.partial(shared_workdir.open_shared, process=apart, settings=settings)
+    else:
+        together.check_same(settings)
+        shown, opened = finish.results_text, open_workdir
     with opened(workdir, run.config, overwrite=options.overwrite) as resume:
         resume = together.from_leader(resume)
         summary = together.by_leader(lambda: _complete(workdir, shown, say) if resume else None)
@@ -213,7 +230,8 @@ def _main(options, recipe_name, recipe, words: Sequence[str], say) -> dict:
             say(line)
         with interruptible("cifar_jax.train", _again(words, workdir), say) as stop:
             if seeds:
-                return many.train_and_test(run, plan, workdir, together.relayed(stop), say)
+                stop = shared_workdir.relayed(stop, workdir, apart)
+                return many.train_and_test(run, plan, workdir, stop, say)
             state, trained = training.train(run, workdir, together.any_of(stop), say, resume)
         return finish.finish(run, workdir, state, trained, say)
 

@@ -220,6 +220,16 @@ def _check_contents(path: Path, overwrite: bool) -> None:
         )
 
 
+def check_config(path: Path, config: Config) -> None:
+    """Raises `UserError` where the run directory `path` is that of another run than `config`."""
+    found = differences(read_config(path), config)
+    if found:
+        raise UserError(
+            f"{path} holds another run; {'; '.join(found)}. Name another --workdir, or give "
+            "--overwrite to start anew"
+        )
+
+
 @contextlib.contextmanager
 def open_workdir(path: Path | str, config: Config, *, overwrite: bool = False) -> Iterator[bool]:
     """Locks `path` for this process and makes it the directory of the run `config`.
@@ -245,12 +255,7 @@ def open_workdir(path: Path | str, config: Config, *, overwrite: bool = False) -
                 _delete(target)
         resume = (path / "config.json").exists()
         if resume:
-            found = differences(read_config(path), config)
-            if found:
-                raise UserError(
-                    f"{path} holds another run; {'; '.join(found)}. Name another --workdir, "
-                    "or give --overwrite to start anew"
-                )
+            check_config(path, config)
         else:
             write_json(path / "config.json", config.to_dict())
         yield resume
@@ -258,14 +263,13 @@ def open_workdir(path: Path | str, config: Config, *, overwrite: bool = False) -
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    def refuse() -> None:
-        raise UserError(f"--workdir {path} is in use by another process")
-
-    with contextlib.ExitStack() as held:
+    with contextlib.ExitStack() as stack:
         try:
-            held.enter_context(files.lock(path / ".lock", refuse))
+            held = stack.enter_context(files.lock(path / ".lock"))
         except OSError as error:
             raise UserError(f"--workdir {path} cannot be written: {error.strerror}") from None
+        if not held:
+            raise UserError(f"--workdir {path} is in use by another process")
         yield
 
 

@@ -100,19 +100,20 @@ def main(arguments: Sequence[str] | None = None, say=print) -> dict:
     name, recipe, varied, points = plan_of(options)
     if not options.save_minutes > 0:
         raise UserError(f"--save-minutes must be above 0, got {options.save_minutes:g}")
-    from cifar_jax import hosts, together
+    from cifar_jax import hosts
 
-    where = (options.coordinator, options.num_processes, options.process_id)
-    with hosts.joined(*where, apart=True):
-        cli.start_device(options)
-        words = sys.argv[1:] if arguments is None else arguments
-        tell = say if together.is_leader() else together.warn
-        return _main(options, name, recipe, varied, points, words, tell)
+    process = hosts.numbered(options.coordinator, options.num_processes, options.process_id)
+    cli.start_device(options)
+    words = sys.argv[1:] if arguments is None else arguments
+    tell = say if process.leads else process.warn
+    return _main(options, name, recipe, varied, points, words, tell, process)
 
 
-def _main(options, name: str, recipe: Recipe, varied, points, words: Sequence[str], say) -> dict:
+def _main(
+    options, name: str, recipe: Recipe, varied, points, words: Sequence[str], say, process
+) -> dict:
     """`main` in each of the processes, of which the leader alone prints and reports."""
-    from cifar_jax import together
+    from cifar_jax import shared_workdir, together
     from cifar_jax.train import interruptible
     from cifar_jax.workdir import Config, describe_data
 
@@ -127,31 +128,37 @@ def _main(options, name: str, recipe: Recipe, varied, points, words: Sequence[st
         | ({"random": [options.random, options.random_seed]} if options.random else {}),
     )
     workdir = absolute(options.workdir or f"runs/sweep-{name}")
-    sweep = Sweep(config, dataset, varied, points, options)
-    how = {
+    sweep = Sweep(config, dataset, varied, points, options, process)
+    settings = {
+        **config.to_dict(),
+        **together.machine(),
         "group size": options.group_size,
         "replica form": sweep.form,
         "convolutions": sweep.run_options.lowering,
     }
-    together.check_same({**config.to_dict(), **together.machine(), **how})
+    overwrite = options.overwrite
     with (
-        together.open_shared(workdir, config, overwrite=options.overwrite),
+        shared_workdir.open_shared(workdir, config, process, settings, overwrite=overwrite),
         interruptible("experiments.sweep", words, say) as stop,
     ):
-        rows, seconds = sweep.train(workdir, together.relayed(stop), say)
-        return together.by_leader(
-            lambda: sweep_report.report(config, varied, points, rows, seconds, workdir, say)
-        )
+        stop = shared_workdir.relayed(stop, workdir, process)
+        rows, seconds = sweep.train(workdir, stop, say)
+        if not process.leads:
+            return {}
+        return sweep_report.report(config, varied, points, rows, seconds, workdir, say)
 
 
 class Sweep:
     """All programs of a sweep, one after another."""
 
-    def __init__(self, config, dataset, varied: Sequence[Axis], points: Sequence[dict], options):
+    def __init__(
+        self, config, dataset, varied: Sequence[Axis], points: Sequence[dict], options, process
+    ):
         from cifar_jax import replicas
         from cifar_jax.run import Options
 
         self.config, self.dataset, self.points, self.options = config, dataset, points, options
+        self.process = process
         self.programs = axes_of.programs_of(points, varied)
         self.form = replicas.choose_form(options.replica_form)
         lowering = replicas.choose_lowering(self.form, options.conv)
@@ -181,6 +188,7 @@ class Sweep:
                 self.options.devices,
                 self.options.group_size,
                 from_recipe.swept_step_of(base, run.model, run.steps_per_epoch),
+                self.process,
             )
             if static:
                 say(f"Program {number + 1} of {len(self.programs)}: {sweep_report.shown(static)}")

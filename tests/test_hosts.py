@@ -1,11 +1,13 @@
 """Several processes as one run: over loopback, for real, and what can go wrong before they meet."""
 
+import concurrent.futures
 import contextlib
 import io
 import json
 import os
 import shutil
 import signal
+import threading
 import time
 import urllib.request
 
@@ -13,6 +15,7 @@ import jax
 import numpy as np
 import pytest
 from hosts_support import Processes, free_port, until_saved
+from jax.experimental import multihost_utils
 from tiny_data import rows_of, states_of, tiny, words
 
 from cifar_jax import feed, hardware, hosts, resident, together, train
@@ -79,11 +82,15 @@ def test_a_killed_process_ends_the_others_and_the_run_goes_on(killed, tiny, fold
     processes.running[killed].send_signal(signal.SIGKILL)
     began = time.monotonic()
     left = processes.running[1 - killed]
-    assert left.wait(120) == 2
+    status = left.wait(120)
     assert time.monotonic() - began < hosts.HEARTBEAT_SECONDS + 15
-    last = processes.wait()[1][1 - killed][-1]
-    assert last.startswith("error: another process of this run ended")
-    assert "go on from the last checkpoint" in last
+    said = processes.wait()[1]
+    assert any("the same commands to go on from the last checkpoint" in line for line in said[0])
+    if status == -signal.SIGABRT:  # JAX was first to know; always where the coordinator is gone
+        assert any("another task died" in line for line in said[1 - killed])
+    else:
+        assert status == 2
+        assert said[1 - killed][-1].startswith("error: another process of this run ended")
     assert not (workdir / "summary.json").exists()
 
     copy = tmp_path / "copy"
@@ -112,6 +119,30 @@ def test_sigterm_to_any_process_stops_all_and_all_is_saved(tiny, folder, tmp_pat
     status, (said, _) = processes.wait()
     assert status == [128 + signal.SIGTERM] * 2
     assert any("Stopped by SIGTERM" in line and "all is saved" in line for line in said)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("failing", [0, 1])
+def test_an_error_in_one_process_ends_all_with_its_message(failing, tiny, folder, tmp_path):
+    """The leader cannot have the run directory; another finds no data."""
+    workdir = tmp_path / "run"
+    arguments = {i: [*RUN, "--data-dir", str(tiny)] for i in range(2)}
+    if failing == 0:
+        workdir.mkdir()
+        (workdir / "thesis.tex").touch()
+        want = f"--workdir {workdir} holds other files"
+    else:
+        arguments[1] = [*RUN, "--data-dir", str(tmp_path / "nowhere"), "--no-download"]
+        want = "cifar10 is not prepared and must not be downloaded"
+    began = time.monotonic()
+    status, texts = Processes(folder, workdir, arguments).wait()
+    assert status == [2, 2], texts
+    assert time.monotonic() - began < 60
+    assert texts[failing][-1].startswith("error: ")
+    assert want in texts[failing][-1]
+    told = texts[1 - failing][-1]
+    assert told.startswith(f"error: process {failing} of 2 ended: ")
+    assert want in told
 
 
 @pytest.mark.slow
@@ -162,8 +193,9 @@ def test_one_process_alone_gives_up_waiting_for_the_other(tiny, folder, tmp_path
     assert processes.running[0].wait(120) == 2
     assert time.monotonic() - began < 60 + 10, "60 s and the start of Python"
     waiting, said = processes.wait()[1][0]
-    assert waiting.startswith(f"waiting for the other processes (coordinator 127.0.0.1:{port}); ")
-    assert said.startswith("error: not all processes came together within 50 s (coordinator ")
+    where = f"(coordinator 127.0.0.1:{port})"
+    assert waiting.startswith(f"Waiting up to {hosts.JOIN_SECONDS} s for all processes {where}; ")
+    assert said.startswith(f"error: not all processes came together within 50 s {where}")
 
 
 # Without other processes.
@@ -231,6 +263,36 @@ def test_workers_of_a_tpu_do_not_train_apart(monkeypatch, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("environ", "flags", "want", "gpus"),
+    [
+        ({}, {}, (0, 1), None),
+        ({}, {"processes": 3, "process": 2}, (2, 3), None),
+        ({"JAX_LOCAL_DEVICE_IDS": "1,3"}, {"processes": 3, "process": 2}, (2, 3), "1,3"),
+        ({"JAX_LOCAL_DEVICE_IDS": "1,3"}, {}, (0, 1), None),
+        ({"SLURM_STEP_NUM_TASKS": "8", "SLURM_PROCID": "5"}, {"processes": 1}, (0, 1), None),
+        (
+            {"SLURM_STEP_NUM_TASKS": "8", "SLURM_PROCID": "5", "SLURM_LOCALID": "1"},
+            *({}, (5, 8), "1"),
+        ),
+        (
+            {
+                **{"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1"},
+                **{"OMPI_COMM_WORLD_LOCAL_RANK": "1", "JAX_LOCAL_DEVICE_IDS": "0"},
+            },
+            *({}, (1, 2), "0"),
+        ),
+    ],
+)
+def test_processes_of_many_runs_know_their_number(environ, flags, want, gpus, monkeypatch):
+    taken = {}
+    monkeypatch.setattr(hosts.jax.config, "update", taken.__setitem__)
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    assert hosts.numbered(**flags) == hosts.Process(*want)
+    assert taken.get("jax_cuda_visible_devices") == gpus
+
+
 def test_one_process_stays_alone_where_that_is_asked(monkeypatch):
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
     with hosts.joined(processes=1):
@@ -253,8 +315,6 @@ def test_a_variable_that_is_left_over_is_named_with_the_way_out(name, found, mon
         raise ValueError("coordinator_address should be defined.")
 
     monkeypatch.setenv(*found.split("="))
-    monkeypatch.setattr(hosts, "WAITING_SECONDS", 0.01)
-    monkeypatch.setattr(hosts, "_on_abort", id)
     monkeypatch.setattr(jax.config, "update", lambda *_: None)
     monkeypatch.setattr(jax.distributed, "initialize", nobody_else)
     with pytest.raises(UserError) as refused, hosts.joined():
@@ -263,7 +323,7 @@ def test_a_variable_that_is_left_over_is_named_with_the_way_out(name, found, mon
     why = f"{name}: {found}"
     expected = f"cannot join the other processes ({why}): coordinator_address should be defined"
     assert str(refused.value) == f"{expected}; {out}"
-    assert capsys.readouterr().err == f"waiting for the other processes ({why}); {out}\n"
+    assert f"for all processes ({why}); {out}. " in capsys.readouterr().err
 
 
 def test_differences_are_named():
@@ -274,6 +334,71 @@ def test_differences_are_named():
         "recipe.epochs: 2 in process 0, 3 in it",
         "versions.jax: 0.10.2 in process 0, 0.10.1 in it",
     ]
+
+
+@pytest.fixture
+def three(monkeypatch):
+    """Plays three processes in threads: `three(function)` returns what `function(index)` returned
+    or raised in each, and how many bytes went round in each collective."""
+    here, barrier, rows, rounds = threading.local(), threading.Barrier(3, timeout=10), [0] * 3, []
+
+    def gather(row):
+        rows[here.index] = row
+        barrier.wait()
+        found = np.stack(rows)
+        if barrier.wait() == 0:
+            rounds.append(found.shape[1])
+        return found
+
+    def one(function, index):
+        here.index = index
+        try:
+            return function(index)
+        except UserError as error:
+            return error
+
+    def play(function):
+        rounds.clear()
+        with concurrent.futures.ThreadPoolExecutor(3) as pool:
+            return list(pool.map(one, [function] * 3, range(3))), list(rounds)
+
+    monkeypatch.setattr(multihost_utils, "process_allgather", gather)
+    monkeypatch.setattr(hosts.jax, "process_count", lambda: 3)
+    monkeypatch.setattr(hosts.jax, "process_index", lambda: here.index)
+    return play
+
+
+def test_what_goes_round_comes_back_whatever_its_length(three):
+    values = [[1, 2], None, {"a": "short"}]
+    assert three(lambda i: hosts.exchange(values[i])) == ([values] * 3, [1024])
+    values[1] = "é" * 3000
+    found, rounds = three(lambda i: hosts.exchange(values[i]))
+    assert found == [values] * 3
+    assert len(rounds) == 2
+    assert three(lambda i: together.from_leader(f"{i}"))[0] == ["0"] * 3
+    assert three(lambda i: together.by_leader(lambda: 7 + i))[0] == [7] * 3
+    found, _ = three(lambda i: together.numbers(i, i == 2).tolist())
+    assert found == [[[0, 0], [1, 0], [2, 1]]] * 3
+    assert three(lambda i: together.any_of(lambda: 15 if i == 1 else None)())[0] == [15] * 3
+
+
+def test_an_error_of_one_is_told_at_the_next_exchange(three, monkeypatch):
+    monkeypatch.setattr(hosts.jax.distributed, "initialize", lambda **_: None)
+    monkeypatch.setattr(hosts, "_wait_for_coordinator", lambda _: None)
+    monkeypatch.setattr(hosts.jax.config, "update", lambda *_: None)
+
+    def process(index, failing, at_end):
+        with hosts.joined("a:1", 3, index):
+            if index == failing:
+                raise UserError("the disk is full")
+            for _ in range(not at_end):
+                hosts.exchange(index)
+
+    for failing, at_end in ((0, False), (2, False), (1, True)):
+        found, _ = three(lambda i: process(i, failing, at_end))  # noqa: B023 - called here
+        texts = [str(error) for error in found]
+        told = f"process {failing} of 3 ended: the disk is full"
+        assert texts == ["the disk is full" if i == failing else told for i in range(3)]
 
 
 def test_one_process_gives_itself_what_it_asks():

@@ -101,7 +101,7 @@ def build(
             continue
         try:
             make_folder(root)
-            with lock(root / ".lock", functools.partial(waiting, root)):
+            with lock(root / ".lock", waiting=functools.partial(waiting, root)):
                 try:
                     if load(root / name):
                         return

@@ -49,7 +49,7 @@ def prepare(
         raise UserError(f"{name} is drawn, not read: leave --archive out")
     try:
         make_folder(root)
-        with lock(root / f".{name}.lock", functools.partial(waiting, root)):
+        with lock(root / f".{name}.lock", waiting=functools.partial(waiting, root)):
             existing = locate.find_prepared(name, [root])
             if existing is not None:
                 return existing
