@@ -168,7 +168,7 @@ def joined(
         began = time.monotonic()
         if process:
             _wait_for_coordinator(coordinator)
-        seconds = max(5, int(JOIN_SECONDS - (time.monotonic() - began)))
+        seconds = max(5, round(JOIN_SECONDS - (time.monotonic() - began)))
         where, leads = f"coordinator {coordinator}", process == 0
         join = {
             "coordinator_address": coordinator,
