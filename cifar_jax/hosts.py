@@ -175,7 +175,7 @@ def joined(
         began = time.monotonic()
         if process:
             _wait_for_coordinator(coordinator)
-        seconds = max(5, int(JOIN_SECONDS - (time.monotonic() - began)))
+        seconds = max(5, round(JOIN_SECONDS - (time.monotonic() - began)))
         where, leads = f"coordinator {coordinator}", process == 0
         way_out = "each with its own --process-id and the same --num-processes; check the address"
         join = {
