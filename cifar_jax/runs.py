@@ -23,7 +23,6 @@ from cifar_jax import (
     together,
 )
 from cifar_jax.datasets import record_source
-from cifar_jax.records import TensorBoardLog
 from cifar_jax.resident import Examples, Placement
 from cifar_jax.run import Run
 
@@ -162,15 +161,15 @@ class Runs:
 class OneRun(Runs):
     """A run by itself. Its best state is a checkpoint, and checkpoints hold finite weights only;
     the command ends where it diverges. Its images may be split over the devices or streamed, and
-    several processes may share each batch. Every window and every epoch is a line, and a row of
-    `events` where there is such a log."""
+    several processes may share each batch. Every window and every epoch is a line, and its row goes
+    to `events` as well."""
 
     alone = True
     chunk_seconds = 0.3
 
     def __init__(self, run: Run, say: Print):
         super().__init__([run], run.mesh, run, say)
-        self.events: TensorBoardLog | None = None
+        self.events: Callable[[dict], None] = lambda row: None
 
     def place(self, tree: Any) -> Any:
         return resident.replicate(tree, self.mesh)
@@ -195,21 +194,17 @@ class OneRun(Runs):
         return {}
 
     def show_window(self, row: dict) -> None:
-        self._to_events(row)
+        self.events(row)
         self.say(report.window_line(row, self.run.steps_per_epoch))
 
     def show_epoch(self, rows: list[dict], improved: np.ndarray) -> None:
         (row,) = rows
-        self._to_events(row)
+        self.events(row)
         self.say(report.epoch_line(row, self.recipe.epochs, best=improved[0]))
         if row["epoch"] == 1:
             classes = len(self.run.dataset.class_names)
             for line in checks.stuck_advice(row["train_loss"], classes):
                 self.say(line)
-
-    def _to_events(self, row: dict) -> None:
-        if self.events is not None:
-            self.events.append(row)
 
     def diverged(self, i: int, what: str, step: int, latest_step: Callable) -> None:
         saved = latest_step()

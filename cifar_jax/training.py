@@ -295,9 +295,12 @@ def trained(run: Run, best: dict | None) -> dict:
     }
 
 
-def _tensorboard(run: Run, workdir: Path, at: Position):
-    """A context manager that yields a TensorBoardLog, or None where none is asked for."""
+@contextlib.contextmanager
+def _tensorboard(run: Run, workdir: Path, at: Position) -> Iterator[Callable]:
+    """Yields a function that writes a row as TensorBoard events where they are asked for."""
     if not run.options.tensorboard:
-        return contextlib.nullcontext()
+        yield lambda row: None
+        return
     step = (at.epoch - 1) * run.steps_per_epoch + at.step
-    return TensorBoardLog(workdir / "tensorboard", resumed_at=step or None)
+    with TensorBoardLog(workdir / "tensorboard", resumed_at=step or None) as log:
+        yield log.append
