@@ -35,13 +35,14 @@ def _load(options, config):
     """
     own = config.dataset
     name = options.dataset or own["name"]
-    fraction = own.get("test_fraction", 0.0) if name == own["name"] else 0.0
-    held_out = options.split == "validation" and config.recipe.validation_fraction
+    same, share = name == own["name"], config.recipe.validation_fraction
+    fraction = own.get("test_fraction", 0.0) if same else 0.0
+    held_out = options.split == "validation" and same and share
     splits = tuple(own["sizes"]) if held_out else (options.split,)
     try:
         dataset = cli.load_data(options, name, splits=splits, test_fraction=fraction)
     except UserError as error:
-        if options.split != "validation" or held_out:
+        if options.split != "validation" or share:
             raise
         raise UserError(f"this run held out no validation images, and {error}") from None
     if not held_out:

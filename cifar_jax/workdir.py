@@ -204,7 +204,7 @@ def _check_contents(path: Path, overwrite: bool) -> None:
     """Raises `UserError` where `path` is no run directory and holds something."""
     if (path / "config.json").exists():
         return
-    found = sorted(p.name for p in path.iterdir() if p.name != ".lock")
+    found = sorted(p.name for p in path.iterdir() if not p.name.startswith("."))
     strangers = [
         name for name in found if name not in _OWN_NAMES and not fnmatch(name, _OWN_PATTERN)
     ]

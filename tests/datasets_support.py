@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import json
 import pickle
 import tarfile
 
@@ -122,6 +123,14 @@ def prepared(tiny, tmp_path):
     folder = write_folder(tmp_path / "batches", binary_files(spec, arrays))
     prepare("cifar10", data_dir=tmp_path / "data", archive=folder, progress=False)
     return tmp_path / "data", arrays
+
+
+def drop_test_split(data):
+    """Makes the prepared CIFAR-10 in `data` one that has only `train`."""
+    path = data / "cifar10" / "3.0.2" / "dataset_info.json"
+    info = json.loads(path.read_text())
+    info["splits"] = [split for split in info["splits"] if split["name"] == "train"]
+    path.write_text(json.dumps(info))
 
 
 def load(name="cifar10", **options):

@@ -154,6 +154,13 @@ CASES = [
     ("datasets prepare cifar10 --data-dir empty --url ftp://x/y", "http:// or https://"),
     ("datasets prepare shapes10 --data-dir empty --archive file", "leave --archive out"),
     (f"{TRAIN} --dataset texts", "texts"),
+    (f"{TRAIN} --archive foreign.tar.gz", "foreign.tar.gz is not CIFAR-10"),
+    (f"{TRAIN} --archive file", "cannot read --archive file"),
+    ("train --fallback-shapes10 --data-dir empty --archive file", "cannot read --archive file"),
+    (f"{TRAIN} --test-fraction 0.2", "has a test split: leave --test-fraction away"),
+    (f"{TRAIN} --dataset cifar100 --data-dir data/cifar10", "holds cifar10 3.0.2, not cifar100"),
+    ("train --data-dir gs://b/d", "argument --data-dir: gs://b/d is an address"),
+    ("train --workdir=", "argument --workdir: the path is empty"),
     # run directories
     (f"{TRAIN} --workdir file", "--workdir | file is a file"),
     (f"{TRAIN} --workdir file/run", "--workdir | cannot be written"),
@@ -168,6 +175,7 @@ CASES = [
     (f"{TRAIN} --workdir empty-config", "config.json is damaged"),
     (f"{TRAIN} --workdir no-config", "no config.json | --overwrite"),
     (f"{TRAIN} --workdir locked", "in use by another process"),
+    (f"{TRAIN} --workdir dangling", "dangling is a link to nowhere, which is not there"),
     ("evaluate nosuch --data-dir data", "nosuch does not exist"),
     ("evaluate file --data-dir data", "file is a file"),
     ("evaluate empty --data-dir data", "no checkpoint in"),
@@ -179,6 +187,8 @@ CASES = [
     ("evaluate run --data-dir data --checkpoint bets", "best, latest or a step, got 'bets'"),
     ("evaluate run --data-dir data --checkpoint 77", "no checkpoint of step 77 | 8"),
     ("evaluate run --data-dir data --split tets", "no split 'tets' | train (600), test (200)"),
+    ("evaluate no-validation --data-dir data --split validation", "no validation images | (200)"),
+    ("evaluate other-data --data-dir data --split validation", "the run held out | holds others"),
     ("evaluate run --data-dir data --dataset shape10", "did you mean 'shapes10'"),
     ("evaluate run --data-dir data --image-size 40", "images of 32 pixels | --image-size 32"),
     ("evaluate run --data-dir empty --no-download", "--archive | --data-dir"),
@@ -228,6 +238,10 @@ def make(place, name):
         (folder / "dataset_info.json").write_text('{"fileFormat": "array_record"')
     elif name == "other-data":
         change(place, name, lambda c: c["dataset"].update(fingerprint="0" * 64))
+    elif name == "no-validation":
+        change(place, name, lambda c: c["recipe"].update(validation_fraction=0.0))
+    elif name == "dangling":
+        (place / name).symlink_to("nowhere")
     elif name == "broken-config":
         copy_run(place / "run", place / name)
         (place / name / "config.json").write_text('{"format": 1, "reci')

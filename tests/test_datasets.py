@@ -12,7 +12,9 @@ import pytest
 from datasets_support import (
     assert_holds,
     binary_files,
+    drop_test_split,
     load,
+    tiny_arrays,
     write_folder,
     write_tar,
 )
@@ -232,6 +234,102 @@ def test_a_read_only_data_dir_cannot_be_prepared_into(tmp_path):
     (tmp_path / "locked").mkdir(mode=0o555)
     with pytest.raises(UserError, match=r"cannot write a data set in"):
         load("shapes10", data_dir=tmp_path / "locked")
+
+
+# --- what is named is what is used
+
+
+def test_a_named_data_dir_alone_is_looked_in(prepared, tmp_path, monkeypatch):
+    monkeypatch.setenv("TFDS_DATA_DIR", str(prepared[0]))
+    assert str(prepared[0]) in load().source
+    for name in ("cifar10", "mnist"):
+        with pytest.raises(UserError, match=r"not prepared|no prepared data set") as caught:
+            load(name, data_dir=tmp_path / "empty")
+        assert str(prepared[0]) not in str(caught.value)
+
+
+def test_a_named_archive_is_used_wherever_another_set_is_prepared(
+    prepared, tiny, tmp_path, monkeypatch
+):
+    data, arrays = prepared
+    spec, _ = tiny["cifar10"]
+    other = tiny_arrays(spec, seed=1)
+    archive = write_folder(tmp_path / "other", binary_files(spec, other))
+    with pytest.raises(UserError, match=r"--archive .*other holds other images than .*3\.0\.2"):
+        load(data_dir=data, archive=archive)
+    monkeypatch.setenv("TFDS_DATA_DIR", str(data))
+    (archive / "test_batch.bin").rename(tmp_path / "kept")
+    with pytest.raises(UserError, match="incomplete"):
+        load(archive=archive)
+    (tmp_path / "kept").rename(archive / "test_batch.bin")
+    home = tmp_path / "home" / "tensorflow_datasets"
+    first = load(archive=archive)
+    assert_holds(first, other)
+    assert str(home) in first.source
+    made = sorted(home.rglob("*array_record*"))
+    assert load(archive=archive).fingerprint == first.fingerprint
+    assert sorted(home.rglob("*array_record*")) == made
+    same = load(archive=tmp_path / "batches")
+    assert_holds(same, arrays)
+    assert str(data) in same.source
+    with pytest.raises(UserError, match="leave --archive out"):
+        load("shapes10", archive=archive)
+
+
+def test_a_data_dir_that_is_the_set_itself(prepared, tmp_path, capsys):
+    data, arrays = prepared
+    older = data / "cifar10" / "3.0.2"
+    newer = shutil.copytree(older, data / "cifar10" / "3.0.10") / "dataset_info.json"
+    newer.write_text(newer.read_text().replace('"3.0.2"', '"3.0.10"'))
+    for place, version in ((older, "3.0.2"), (data / "cifar10", "3.0.10")):
+        capsys.readouterr()
+        dataset = load(data_dir=place)
+        assert_holds(dataset, arrays)
+        assert f"{data / 'cifar10' / version} (" in dataset.source
+        assert "is cifar10 itself" in capsys.readouterr().err
+    assert str(older) in load("cifar10:3.0.2", data_dir=data / "cifar10").source
+    for name in ("cifar100", "shapes10", "cifar10:9.9.9"):
+        for place in (older, data / "cifar10"):
+            with pytest.raises(UserError, match=rf"holds cifar10 3\.0\.\d+, not {name}"):
+                load(name, data_dir=place)
+    assert sorted(path.name for path in (data / "cifar10").iterdir()) == ["3.0.10", "3.0.2"]
+
+
+# --- a test split held out of train
+
+
+def test_a_share_of_train_is_the_test_split_of_a_set_without(prepared):
+    data, arrays = prepared
+    with pytest.raises(UserError, match="has a test split: leave --test-fraction away"):
+        load(data_dir=data, test_fraction=0.2)
+    drop_test_split(data)
+    with pytest.raises(UserError, match=r"no split 'test'; it has train \(50\).*--test-fraction"):
+        load(data_dir=data)
+    for fraction in (1.5, -0.1, float("nan")):
+        with pytest.raises(UserError, match="--test-fraction must be above 0 and below 1"):
+            load(data_dir=data, test_fraction=fraction)
+    with pytest.raises(UserError, match=r"--test-fraction 0\.001 of 50 images.*empty split"):
+        load(data_dir=data, test_fraction=0.001)
+    dataset = load(data_dir=data, test_fraction=0.2)
+    train, test = dataset.splits["train"], dataset.splits["test"]
+    assert (len(train), len(test), dataset.test_fraction) == (40, 10, 0.2)
+    assert "no test split: 0.2 of its training images, held out" in dataset.source
+    both = np.concatenate([train.positions, test.positions])
+    assert sorted(both) == list(range(50))
+    assert list(test.positions) != list(range(40, 50))  # sets may be sorted by class
+    for split in (train, test):
+        np.testing.assert_array_equal(split.images, arrays.images["train"][split.positions])
+        np.testing.assert_array_equal(
+            split.labels, arrays.labels["train"]["label"][split.positions]
+        )
+        source = datasets.record_source(split)
+        assert len(source) == len(split)
+        np.testing.assert_array_equal(source[3]["image"], split.images[3])
+    again = load(data_dir=data, test_fraction=0.2, splits=["test"])
+    assert list(again.splits) == ["test"]
+    assert again.splits["test"].fingerprint == test.fingerprint
+    other = load(data_dir=data, test_fraction=0.4)
+    assert other.fingerprint != dataset.fingerprint
 
 
 # --- real data

@@ -3,6 +3,8 @@
 import io
 import json
 import os
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -95,6 +97,32 @@ def test_every_8_bit_mode_becomes_rgb(mode):
     if mode != "1":
         assert decoded[5, 5, 0] > 250
         assert decoded[5, 5, 2] < 5
+
+
+def chunk(kind, data, damage=0):
+    crc = zlib.crc32(kind + data) ^ damage
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", crc)
+
+
+@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize(
+    "broken",
+    [
+        chunk(b"tEXt", b"a\0b", damage=1),
+        chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(3_000_000))),
+        chunk(b"iCCP", b"a\0\1no method"),
+        chunk(b"pHYs", b"a"),
+        chunk(b"eXIf", b"junk"),
+        chunk(b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(b"\nexif\n 10\nzz")),
+    ],
+)
+def test_broken_metadata_of_a_png_do_not_withhold_its_pixels(broken, before):
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
+    good = encode(pixels)
+    at = 33 if before else len(good) - 12  # behind the header, or before the end
+    np.testing.assert_array_equal(decode.decode_image(good[:at] + broken + good[at:], None), pixels)
+    with pytest.raises(decode.DecodeError, match="truncated"):
+        decode.decode_image((good[:33] + broken + good[33:])[: len(good) // 2], None)
 
 
 def test_16_bit_images_are_refused():

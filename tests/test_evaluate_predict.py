@@ -3,17 +3,19 @@
 import contextlib
 import json
 import shutil
+import struct
 
 import numpy as np
 import pytest
+from datasets_support import drop_test_split
 from PIL import Image
-from tiny_data import NAMES, STEPS, complete, prepare_tiny, tiny
+from tiny_data import NAMES, STEPS, complete, prepare_tiny, small, tiny
 
-from cifar_jax import evaluate, inference, predict
+from cifar_jax import evaluate, inference, predict, train
 from cifar_jax.datasets import load_dataset
-from cifar_jax.errors import UserError
+from cifar_jax.errors import UserError, run_command
 
-__all__ = ["complete", "tiny"]
+__all__ = ["complete", "small", "tiny"]
 
 LAST = 4 * STEPS
 
@@ -81,6 +83,36 @@ def test_other_splits_checkpoints_and_sets(trained, tiny, tmp_path):
     assert found["test_loss"] != test["test_loss"]
 
 
+def test_the_validation_images_are_those_the_run_held_out(trained, tiny):
+    found, lines = evaluated(trained, tiny, "--split", "validation")
+    summary = json.loads((trained / "summary.json").read_text())
+    assert found["test_count"] == summary["validation_images"] == 120
+    assert found["test_loss"] == pytest.approx(summary["best_validation_loss"], rel=1e-5)
+    assert any("Validation accuracy" in line for line in lines)
+
+
+def test_a_held_out_test_split_is_recorded_said_and_used_again(small, tmp_path):
+    data, workdir, lines = prepare_tiny(tmp_path / "data"), tmp_path / "run", []
+    drop_test_split(data)
+    arguments = ["--model", small, "--batch-size", "60", "--epochs", "1", "--no-plots"]
+    where = ["--data-dir", str(data), "--workdir", str(workdir)]
+    with pytest.raises(UserError, match=r"no split 'test'.*--test-fraction 0\.2"):
+        train.main([*arguments, *where])
+    where += ["--test-fraction", "0.25"]
+    summary = train.main([*arguments, *where, "--validation-fraction", "0.2"], say=lines.append)
+    assert any("360 training, 90 validation, 150 test images" in line for line in lines)
+    assert any("0.25 of its training images, held out" in line for line in lines[:4])
+    config = json.loads((workdir / "config.json").read_text())
+    assert config["dataset"]["test_fraction"] == 0.25
+    assert config["dataset"]["sizes"] == {"train": 450, "test": 150}
+    found, _ = evaluated(workdir, data)
+    assert found["test_count"] == 150
+    assert found["per_class"] == summary["per_class"]
+    assert found["test_loss"] == pytest.approx(summary["test_loss"], rel=1e-5)
+    assert evaluated(workdir, data, "--split", "train")[0]["test_count"] == 450
+    assert evaluated(workdir, data, "--split", "validation")[0]["test_count"] == 90
+
+
 def test_another_set_must_have_the_same_classes(trained, tmp_path, monkeypatch):
     from cifar_jax.datasets import shapes10
 
@@ -144,6 +176,79 @@ def test_folders_globs_and_json(trained, test_images, tmp_path, monkeypatch):
     names = ["a/one.PNG", "a/b/two[1].jpg", "a/b/two[1].jpg"]
     assert [r["image"] for r in results] == names
     assert predicted(trained, "a/one.PNG", "--top-k", "99")[0][0]["predictions"][9]
+
+
+def refused(capsys, trained, *arguments):
+    """Runs predict as its command does, which ends with status 2; returns what it printed."""
+    words = [str(trained), *map(str, arguments)]
+    capsys.readouterr()
+    assert run_command(lambda: predict.main(words)) == 2
+    out, err = capsys.readouterr()
+    return out.splitlines(), err.splitlines()
+
+
+def test_one_bad_image_does_not_withhold_the_others(trained, test_images, tmp_path, capsys):
+    for k in range(5):
+        Image.fromarray(test_images.images[k]).save(tmp_path / f"{k}.jpg")
+    expected = {r["image"]: r["predictions"][0]["class"] for r in predicted(trained, tmp_path)[0]}
+    for k, length in ((0, 300), (2, 0), (3, 300)):
+        path = tmp_path / f"{k}.jpg"
+        path.write_bytes(path.read_bytes()[:length])
+    for size in ("1", "2", "256"):
+        out, err = refused(capsys, trained, tmp_path, "nosuch.png", "--batch-size", size)
+        assert len(out) == 2
+        for k, line in zip((1, 4), out, strict=True):
+            path = str(tmp_path / f"{k}.jpg")
+            assert line.startswith(f"{path}: {expected[path]}")
+        starts = (
+            "warning: no such image: nosuch.png",
+            "warning: cannot read",
+            "warning: cannot read",
+        )
+        for line, start in zip(err, (*starts, "error: cannot read"), strict=True):
+            assert line.startswith(start)
+        assert "3.jpg" in err[-1]
+        assert "4 in all could not be read" in err[-1]
+    out, err = refused(capsys, trained, tmp_path / "0.jpg", tmp_path / "1.jpg")
+    assert (len(out), len(err)) == (1, 1)
+    assert err[0].startswith(f"error: cannot read the image {tmp_path / '0.jpg'}")
+
+
+def test_hidden_files_links_and_brackets(test_images, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in (
+        "a/1.png",
+        "a/._1.png",
+        "a/.thumbs/2.png",
+        "far/deep/3.png",
+        ".hid/4.png",
+        "b/5.png",
+    ):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(test_images.images[0]).save(path)
+    (tmp_path / "a" / ".DS_Store").write_bytes(b"x")
+    (tmp_path / "a" / "far").symlink_to("../far")
+    (tmp_path / "a" / "again").symlink_to("../far")
+    (tmp_path / "far" / "loop").symlink_to("../a")
+    (tmp_path / "a" / "self").symlink_to(".")
+    for name in ("my[1]", "my1"):
+        shutil.copytree(tmp_path / "b", tmp_path / name)
+
+    def found(*names):
+        paths, bad = predict.find_images(names)
+        assert not bad
+        return [str(path) for path in paths]
+
+    assert found("a") == ["a/1.png", "a/again/deep/3.png"]
+    assert found("far") == ["far/deep/3.png", "far/loop/1.png"]
+    assert found("a/*.png") == ["a/1.png"]
+    assert found("a/**/*.png") == ["a/1.png", "a/again/deep/3.png"]
+    assert found("a/._1.png", ".hid") == ["a/._1.png", ".hid/4.png"]
+    assert found("my[1]/*.png") == found(f"{'my[1]'}/5.png") == ["my[1]/5.png"]
+    assert found("my[12]/*.png") == ["my1/5.png"]
+    assert found(f"{tmp_path}/my[1]/[5].png") == [f"{tmp_path}/my[1]/5.png"]
+    assert predict.find_images(["a/.thumbs", "none*"])[1] == ["no such image: none*"]
 
 
 def read(path):
@@ -224,6 +329,58 @@ def test_the_cameras_orientation_is_applied(tmp_path):
         exif[0x0112] = orientation
         image.save(tmp_path / "image.png", exif=exif)
         np.testing.assert_array_equal(read(tmp_path / "image.png"), turned)
+
+
+SIX = (0x0112, 3, 1, b"\x06\0\0\0")  # tag, type, count, value: orientation 6
+
+
+def exif(*entries, rest=b""):
+    """A little-endian EXIF block."""
+    body = b"".join(struct.pack("<HHI", *entry[:3]) + entry[3] for entry in entries)
+    return b"II*\0" + struct.pack("<IH", 8, len(entries)) + body + bytes(4) + rest
+
+
+@pytest.mark.parametrize(
+    ("block", "turned"),
+    [
+        (exif(SIX), True),
+        (exif(SIX, (0x011A, 2, 4, b"abcd")), True),  # a resolution that is text
+        (exif(SIX, (0x011A, 5, 1, struct.pack("<I", 38)), rest=bytes(8)), True),  # 0 / 0
+        (exif(SIX, (0x011A, 5, 1, struct.pack("<I", 99_999))), True),  # beyond the end
+        (exif(SIX, (0x8825, 4, 1, struct.pack("<I", 99_999))), True),  # its GPS block too
+        (exif(SIX, (0x011A, 5, 1, bytes(4)))[:24], True),
+        (exif(SIX)[:14], False),
+        (b"junk", False),
+        (b"", False),
+        (exif((0x0112, 3, 1, b"\x63\0\0\0")), False),
+    ],
+)
+@pytest.mark.parametrize("ending", ["jpg", "png", "webp"])
+def test_broken_exif_does_not_withhold_pixels_and_orientation(block, turned, ending, tmp_path):
+    pixels = np.zeros((32, 32, 3), np.uint8)
+    pixels[:16] = RED
+    options = {"quality": 100} if ending == "jpg" else {"lossless": True}
+    block = b"Exif\0\0" + block if ending == "jpg" else block
+    Image.fromarray(pixels).save(tmp_path / f"image.{ending}", exif=block, **options)
+    found = read(tmp_path / f"image.{ending}").astype(int)
+    expected = np.rot90(pixels, -1) if turned else pixels
+    assert abs(found - expected).max() <= 4
+
+
+def test_a_broken_colour_profile_does_not_withhold_pixels(tmp_path):
+    for ending in ("jpg", "png", "webp", "tif"):
+        path = tmp_path / f"image.{ending}"
+        Image.new("RGB", (32, 32), RED).save(path, icc_profile=b"broken" * 40)
+        assert abs(read(path).astype(int) - RED).max() <= 8
+
+
+def test_orientation_beside_broken_metadata(tmp_path):
+    path, pixels = tmp_path / "image.png", np.zeros((32, 32, 3), np.uint8)
+    pixels[:16] = RED
+    Image.fromarray(pixels).save(path, exif=exif(SIX))
+    good = path.read_bytes()
+    path.write_bytes(good[:33] + b"\0\0\0\3tEXta\0b\0\0\0\0" + good[33:])  # a wrong checksum
+    np.testing.assert_array_equal(read(path), np.rot90(pixels, -1))
 
 
 def test_the_middle_square_is_taken(tmp_path):

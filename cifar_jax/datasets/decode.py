@@ -54,8 +54,7 @@ def open_image(data: bytes):
 
 
 def _without_metadata(data: bytes) -> bytes:
-    """Returns a PNG without the chunks that say nothing of its pixels or which side is up; other
-    data as they are."""
+    """Returns a PNG's pixels and orientation, without anything else; other data as they are."""
     if not data.startswith(_PNG):
         return data
     kept, at = [_PNG], len(_PNG)
