@@ -156,6 +156,7 @@ _WHOLE = ("epochs", "batch_size", "eval_batch_size", "log_every", "resize", "acc
 
 OPTIMIZER_NAMES = ("adam", "adamw", "sgd")
 SCHEDULE_NAMES = ("constant", "cosine", "onecycle", "step")
+TO_THE_END = ("cosine", "onecycle")  # schedules whose rates depend on the number of epochs
 PRECISIONS = ("float32", "bfloat16")
 
 
