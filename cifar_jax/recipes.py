@@ -13,6 +13,7 @@ from cifar_jax.errors import UserError, nearest
 
 OPTIMIZER_NAMES = ("adam", "adamw", "sgd")
 SCHEDULE_NAMES = ("constant", "cosine", "onecycle", "step")
+TO_THE_END = ("cosine", "onecycle")  # schedules whose rates depend on the number of epochs
 PRECISIONS = ("float32", "bfloat16")
 
 

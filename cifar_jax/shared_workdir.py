@@ -22,7 +22,7 @@ from cifar_jax import files
 from cifar_jax.errors import UserError
 from cifar_jax.hosts import Process
 from cifar_jax.together import check_settings
-from cifar_jax.workdir import Config, check_config, open_workdir, write_json
+from cifar_jax.workdir import Config, check_goes_on, open_workdir, read_config, write_json
 
 SEEN_SECONDS = 60.0  # for process 0 to load its data and open the directory, and others to see it
 
@@ -60,7 +60,7 @@ def open_shared(
     file, deadline = workdir / "groups" / "settings.json", time.monotonic() + seconds
     while (leaders := _seen(file)) is None:
         if not overwrite and (workdir / "summary.json").exists():  # process 0 may be through
-            check_config(workdir, config)
+            check_goes_on(workdir, read_config(workdir), config)
             break
         if time.monotonic() > deadline:
             raise UserError(

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import hashlib
 import json
+import re
 import shlex
 import signal
 import sys
@@ -17,8 +19,10 @@ from pathlib import Path
 from cifar_jax import cli
 from cifar_jax.errors import UserError, nearest, run_command
 from cifar_jax.files import absolute
+from cifar_jax.recipes import RECIPES
 
 DEFAULT_SEED = 42
+NAME_LENGTH = 120  # of a run directory that nobody named; file systems allow 255 bytes
 
 
 def make_parser() -> cli.Parser:
@@ -183,12 +187,12 @@ def _main(options, recipe_name, recipe, words: Sequence[str], say, apart=None) -
     from cifar_jax.workdir import Config, describe_data, open_workdir
 
     clock = Clock()
+    asked = recipe
     with clock("data"):
         dataset, recipe = _load(options, recipe, say)
     seeds = options.seeds or ()
     seed = seeds[0] if seeds else getattr(options, "seed", DEFAULT_SEED)
     config = Config(recipe_name, recipe, seed, describe_data(dataset), seeds=seeds)
-    workdir = absolute(options.workdir or _default_workdir(config))
     run_options = Options(
         feed=options.feed,
         lowering=options.conv,
@@ -208,6 +212,8 @@ def _main(options, recipe_name, recipe, words: Sequence[str], say, apart=None) -
         start = initial.load(source, run.model, input_shape(recipe, config.dataset["image_shape"]))
         run.start_from(start.variables, start.record)
         notices = [*start.notices, ""]
+    name = default_name(dataclasses.replace(run.config, recipe=asked), options.image_size)
+    workdir = absolute(options.workdir or f"runs/{name}")
     settings = together.settings(run)
     opening = [*finish.opening_lines(run, workdir), *notices]
     if seeds:
@@ -236,11 +242,36 @@ def _main(options, recipe_name, recipe, words: Sequence[str], say, apart=None) -
         return finish.finish(run, workdir, state, trained, say)
 
 
-def _default_workdir(config) -> str:
-    seeds = config.seeds
-    if not seeds:
-        return f"runs/{config.recipe_name}-seed{config.seed}"
-    return f"runs/{config.recipe_name}-seeds{min(seeds)}-{max(seeds)}"
+def default_name(config, image_size: int | None = None) -> str:
+    """Returns the name of a run's directory: its recipe, what differs from that, its seeds.
+
+    `--epochs` is not in it: a longer run goes on in the same directory. What a file's name should
+    not hold becomes `_`, and a hash then tells such names apart, and long ones that are cut.
+    """
+    from cifar_jax.workdir import show_seeds
+
+    usual = RECIPES[config.recipe_name].to_dict() | {"epochs": config.recipe.epochs}
+    given = config.recipe.to_dict().items()
+    parts = [config.recipe_name, *(_shown(n, v) for n, v in given if v != usual[n])]
+    parts += [f"image_size{image_size}"] if image_size else []
+    parts += [f"init_from_{config.init_from['sha256'][:8]}"] if config.init_from else []
+    seeds = f"seed{config.seed}"
+    if config.seeds:
+        first, colon, end = show_seeds(config.seeds).partition(":")
+        seeds = f"seeds{first}-{int(end) - 1}" if colon else f"seeds{first}"
+    whole = "-".join([*parts, seeds])
+    safe = re.sub(r"[^a-zA-Z0-9_.,=+-]", "_", whole)
+    if safe == whole and len(whole) <= NAME_LENGTH:
+        return whole
+    return f"{safe[: NAME_LENGTH - 9]}-{hashlib.sha256(whole.encode()).hexdigest()[:8]}"
+
+
+def _shown(name: str, value) -> str:
+    if isinstance(value, bool) or value == []:
+        return name if value else f"no_{name}"
+    if isinstance(value, list):
+        return "_".join([name, *value])
+    return f"{name}_{value}" if isinstance(value, str) else f"{name}{value}"
 
 
 def _complete(workdir: Path, results_text, say) -> dict | None:

@@ -23,7 +23,8 @@ from pathlib import Path
 
 from cifar_jax import files
 from cifar_jax.errors import UserError, notice
-from cifar_jax.recipes import Recipe
+from cifar_jax.manifests import latest_step
+from cifar_jax.recipes import TO_THE_END, Recipe
 
 FORMAT = 1
 _OWN_NAMES = (
@@ -179,6 +180,32 @@ def differences(old: Config, new: Config) -> list[str]:
     return found
 
 
+def check_goes_on(path: Path, old: Config, new: Config) -> None:
+    """Raises `UserError` unless the run `new` may go on from what the run `old` left in `path`:
+    they are equal, or differ in epochs alone and `new` began as `old` did."""
+    found, epochs = differences(old, new), new.recipe.epochs
+    instead = "Name another --workdir, or give --overwrite to start anew"
+    if not found:
+        return
+    if len(found) > 1 or epochs == old.recipe.epochs:
+        raise UserError(f"{path} holds another run; {'; '.join(found)}. {instead}")
+    trained, why = (latest_step(path / "checkpoints") or 0) / new.steps_per_epoch, None
+    if new.seeds:
+        why = "of several runs (--seeds) the state to go on from is removed as they are done"
+    elif trained > epochs:
+        why = f"it is trained for {trained:.4g} epochs already"
+    elif new.recipe.schedule in TO_THE_END:
+        why = (
+            f"the rates of the {new.recipe.schedule} schedule depend on --epochs from the first "
+            f"step on (--init-from {path} with another --workdir starts from its weights)"
+        )
+    if why:
+        raise UserError(
+            f"{path} holds a run of {old.recipe.epochs} epochs, which cannot become one of "
+            f"--epochs {epochs}: {why}. {instead}"
+        )
+
+
 def _check_usable(path: Path) -> None:
     try:
         if path.exists() and not path.is_dir():
@@ -220,19 +247,12 @@ def _check_contents(path: Path, overwrite: bool) -> None:
         )
 
 
-def check_config(path: Path, config: Config) -> None:
-    """Raises `UserError` where the run directory `path` is that of another run than `config`."""
-    found = differences(read_config(path), config)
-    if found:
-        raise UserError(
-            f"{path} holds another run; {'; '.join(found)}. Name another --workdir, or give "
-            "--overwrite to start anew"
-        )
-
-
 @contextlib.contextmanager
 def open_workdir(path: Path | str, config: Config, *, overwrite: bool = False) -> Iterator[bool]:
     """Locks `path` for this process and makes it the directory of the run `config`.
+
+    A run whose `--epochs` have changed goes on too where that comes to the same; what its earlier
+    end left (summary, pictures) is removed.
 
     Yields:
       Whether an earlier part of the same run is there to go on from.
@@ -254,9 +274,12 @@ def open_workdir(path: Path | str, config: Config, *, overwrite: bool = False) -
             for target in [*members, *(path / name for name in reversed(_OWN_NAMES))]:
                 _delete(target)
         resume = (path / "config.json").exists()
+        old = read_config(path) if resume else None
         if resume:
-            check_config(path, config)
-        else:
+            check_goes_on(path, old, config)
+        if not resume or old.recipe != config.recipe:
+            for name in ("summary.json", "plots"):
+                files.remove(path / name)
             write_json(path / "config.json", config.to_dict())
         yield resume
 

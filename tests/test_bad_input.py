@@ -170,6 +170,14 @@ CASES = [
     (f"{TRAIN} --workdir {'x' * 300}", "File name too long"),
     (f"{TRAIN} --workdir run --seed 7 --epochs 3", "epochs: 1 -> 3 | seed: 42 -> 7 | --overwrite"),
     (f"{TRAIN} --workdir run --model deep_cnn", "model: tutorial_cnn -> deep_cnn"),
+    (
+        f"{TRAIN} --workdir onecycle --schedule onecycle --epochs 3",
+        "holds a run of 1 epochs | --epochs 3 | onecycle schedule depend on --epochs | --overwrite",
+    ),
+    (
+        f"{TRAIN} --workdir several --seeds 1:3 --epochs 3",
+        "holds a run of 1 epochs | --epochs 3 | state to go on from is removed | --overwrite",
+    ),
     (f"{TRAIN} --workdir other-data", "data set fingerprint"),
     (f"{TRAIN} --workdir broken-config", "config.json cannot be read"),
     (f"{TRAIN} --workdir empty-config", "config.json is damaged"),
@@ -236,6 +244,10 @@ def make(place, name):
         folder = place / "data" / "texts" / "1.0.0"
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "dataset_info.json").write_text('{"fileFormat": "array_record"')
+    elif name == "onecycle":
+        change(place, name, lambda c: c["recipe"].update(schedule="onecycle"))
+    elif name == "several":
+        change(place, name, lambda c: c.update(seed=1, seeds=[1, 2]))
     elif name == "other-data":
         change(place, name, lambda c: c["dataset"].update(fingerprint="0" * 64))
     elif name == "no-validation":
@@ -277,7 +289,8 @@ def test_one_line_and_nothing_lost(line, expected, place, capsys, monkeypatch):
     monkeypatch.chdir(place)
     command, *arguments = words(line)
     for word in arguments:
-        make(place, word)
+        if not (place / word).exists():
+            make(place, word)
     before = snapshot(place)
     capsys.readouterr()
     with open(place / "file") as lock:
