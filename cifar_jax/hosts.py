@@ -220,7 +220,8 @@ def _on_abort(message: str) -> None:
 
 
 def _exit_saying(message: str, status: int = 2) -> None:
-    os.write(2, f"error: {' '.join(message.split())}\n".encode())
+    with contextlib.suppress(OSError):
+        os.write(2, f"error: {' '.join(message.split())}\n".encode(errors="backslashreplace"))
     os._exit(status)
 
 
@@ -269,6 +270,7 @@ def _end(error: BaseException) -> None:
         time.sleep(3)  # the leader has most likely the same error, and says it better
     known = isinstance(error, (UserError, KeyboardInterrupt))
     message = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+    message = message.encode(errors="backslashreplace").decode()  # the store takes UTF-8 alone
     with contextlib.suppress(Exception):
         store().key_value_set(
             f"{_PREFIX}/ended/{this}", f"process {this} of {others + 1} ended: {message}"
@@ -278,7 +280,8 @@ def _end(error: BaseException) -> None:
             if len(store().key_value_dir_get(f"{_PREFIX}/told/")) == others:
                 break
             time.sleep(0.1)
-    sys.stdout.flush()
+    with contextlib.suppress(Exception):  # there may be none, or it may be what failed
+        sys.stdout.flush()
     if not known:
         sys.excepthook(type(error), error, error.__traceback__)
         os._exit(1)

@@ -22,6 +22,7 @@ from cifar_jax.errors import UserError
 from cifar_jax.group import Group, Position, Programs, make_programs
 from cifar_jax.members import folder_of, write_members
 from cifar_jax.progress import Progress
+from cifar_jax.report import counted
 from cifar_jax.run import Run
 from cifar_jax.training import Interrupted, Print
 from cifar_jax.workdir import Config, show_seeds, write_json
@@ -70,7 +71,7 @@ def opening_lines(run: Run, plan: Plan) -> list[str]:
     seeds, form, processes = run.config.seeds, plan.programs.form, hosts.count()
     how = {"map": "one after another on each", "vmap": "together in every step"}[form]
     lines = [
-        f"Replicas   {len(seeds)} runs, seeds {show_seeds(seeds)}, "
+        f"Replicas   {counted(len(seeds), 'run')}, seeds {show_seeds(seeds)}, "
         f"{replicas.describe_mesh(plan.programs.mesh)}"
         f"{f' of each of {processes} processes' if processes > 1 else ''}, form {form} ({how})"
     ]
@@ -79,7 +80,7 @@ def opening_lines(run: Run, plan: Plan) -> list[str]:
         free = f" of {plan.available / 2**30:,.1f} GiB free" if plan.available else ""
         order = "one after another" if processes == 1 else f"dealt to {processes} processes"
         lines.append(
-            f"Groups     {groups} of up to {plan.size} runs, {order}: a run takes about "
+            f"Groups     {groups} of up to {counted(plan.size, 'run')}, {order}: a run takes about "
             f"{plan.bytes / 2**20:,.1f} MiB{free}"
         )
     return lines
@@ -164,7 +165,7 @@ def train_groups(
         if signal and trained:
             raise Interrupted(signal, last_step)
         if size < len(members):
-            runs = f"{len(group)} run{'s' if len(group) > 1 else ''}"
+            runs = counted(len(group), "run")
             say(f"Group {number + 1} of {-(-len(members) // size)}: {runs}")
         clock = Clock()
         group = [dataclasses.replace(member, clock=clock) for member in group]

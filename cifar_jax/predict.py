@@ -6,8 +6,8 @@ Images may have any size and format Pillow reads: the middle square is cut out a
 from __future__ import annotations
 
 import glob
-import json
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +15,7 @@ import numpy as np
 
 from cifar_jax import cli
 from cifar_jax.errors import UserError, run_command
+from cifar_jax.streams import json_text
 
 
 def make_parser() -> cli.Parser:
@@ -74,7 +75,7 @@ def read_image(path: Path, height: int, width: int) -> np.ndarray:
     from PIL import Image, ImageOps
 
     try:
-        with Image.open(path) as opened:
+        with warnings.catch_warnings(action="ignore"), Image.open(path) as opened:
             image = _eight_bits(ImageOps.exif_transpose(opened))
             if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
                 image = image.convert("RGBA")
@@ -129,7 +130,7 @@ def main(arguments: Sequence[str] | None = None, say=print) -> list[dict]:
             classes = [{"class": names[k], "probability": float(share[k])} for k in top]
             results.append({"image": str(path), "predictions": classes})
             if options.json:
-                say(json.dumps(results[-1], ensure_ascii=False))
+                say(json_text(results[-1]))
             else:
                 shown = ", ".join(f"{c['class']} {100 * c['probability']:.1f} %" for c in classes)
                 say(f"{path}: {shown}")

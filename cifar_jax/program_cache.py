@@ -12,6 +12,8 @@ from pathlib import Path
 
 import jax
 
+from cifar_jax.errors import in_command
+
 # What JAX warns of, once for each program (jax/_src/compiler.py of 0.10).
 _FAILED = re.compile(
     r"Error (reading|writing) persistent compilation cache entry for '(.+?)': (.*)"
@@ -22,13 +24,15 @@ def enable() -> str:
     """Turns the cache on for this process, in the user's cache directory; returns the directory.
 
     Small programs are kept too: a run starts with some twenty of them, a second's compiling.
-    A directory the user set (`JAX_COMPILATION_CACHE_DIR`) wins. Damaged entries are removed.
+    A directory the user set (`JAX_COMPILATION_CACHE_DIR`) wins. A command of the package removes
+    damaged entries; in a caller's process JAX warns of them.
     """
     if jax.config.jax_compilation_cache_dir is None:
         base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
         jax.config.update("jax_compilation_cache_dir", os.path.join(base, "cifar_jax", "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    _mend()
+    if in_command():
+        _mend()
     return jax.config.jax_compilation_cache_dir
 
 

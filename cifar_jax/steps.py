@@ -106,6 +106,13 @@ def make_preprocess(
     return preprocess
 
 
+def step_keys(key: jax.Array, step: int | jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns the keys of step number `step` of a run with this `TrainState.key`: of dropout, and
+    of `preprocess`."""
+    key = jax.random.fold_in(key, step)
+    return jax.random.fold_in(key, 0), jax.random.fold_in(key, 1)
+
+
 def _mask(batch: Batch) -> jax.Array:
     mask = batch.get("mask")
     return jnp.ones(batch["label"].shape, jnp.float32) if mask is None else mask.astype(jnp.float32)
@@ -157,7 +164,7 @@ def train_step(
       The next state, and sums over the global batch: `loss` (nats), `correct`, `count`.
     """
     preprocess = preprocess or make_preprocess()
-    key = jax.random.fold_in(state.key, state.step)
+    dropout_key, preprocess_key = step_keys(state.key, state.step)
     first_example = jnp.zeros((), jnp.int32)
     params = state.params
     if axis_name is not None:
@@ -171,7 +178,7 @@ def train_step(
     mask = _mask(batch)
 
     def gradients(batch, batch_stats, first_example):
-        images = preprocess(batch["image"], jax.random.fold_in(key, 1), first_example)
+        images = preprocess(batch["image"], preprocess_key, first_example)
 
         def loss_fn(trained):
             logits, updates = model.apply(
@@ -182,7 +189,7 @@ def train_step(
                 },
                 images,
                 train=True,
-                rngs={"dropout": jax.random.fold_in(key, 0)},
+                rngs={"dropout": dropout_key},
                 mutable=["batch_stats"],
             )
             if logits.dtype.itemsize < 4:

@@ -9,6 +9,7 @@ import shlex
 import signal
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -64,8 +65,12 @@ def make_parser() -> cli.Parser:
 def stop_requests() -> Iterator:
     """Catches SIGINT and SIGTERM; yields a function that returns the signal's number or None.
 
-    A second signal acts at once, as it would have without this.
+    A second signal acts at once, as it would have without this. Signals are the main thread's: in
+    another none is caught.
     """
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: None
+        return
     received: list[int] = []
 
     def handler(number, _frame):

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -74,7 +75,7 @@ def train(
             Progress(
                 recipe.epochs * len(run.training), done=images_done, shown=together.is_leader()
             ) as bar,
-            _tensorboard(run, workdir, position) as events,
+            _tensorboard(run, workdir, position, say) as events,
         ):
             printer = bar.print if say is print else say
             loop = _Loop(run, checkpoints, log, events, data, stop, printer, bar)
@@ -121,12 +122,29 @@ def _images(run: Run, position: Position) -> int:
     return (position.epoch - 1) * len(run.training) + in_epoch
 
 
-def _tensorboard(run: Run, workdir: Path, at: Position):
-    """A context manager that yields a TensorBoardLog, or None where none is asked for."""
+@contextlib.contextmanager
+def _tensorboard(run: Run, workdir: Path, at: Position, say: Print) -> Iterator[Callable]:
+    """Yields a function that writes a row as TensorBoard events where they are asked for. Of what
+    cannot be written it warns once: no result needs it."""
     if not run.options.tensorboard:
-        return contextlib.nullcontext()
+        yield lambda row: None
+        return
     step = (at.epoch - 1) * run.steps_per_epoch + at.step
-    return TensorBoardLog(workdir / "tensorboard", resumed_at=step or None)
+    log, told = TensorBoardLog(workdir / "tensorboard", resumed_at=step or None), False
+
+    def attempt(action: Callable, *arguments) -> None:
+        nonlocal told
+        try:
+            action(*arguments)
+        except UserError as error:
+            if not told:
+                say(f"warning: {error}; the run goes on without")
+            told = True
+
+    try:
+        yield functools.partial(attempt, log.append)
+    finally:
+        attempt(log.close)
 
 
 def _begin(run: Run, checkpoints, log: MetricsLog, say: Print, resume: bool):
@@ -258,8 +276,7 @@ class _Loop:
 
     def _row(self, kind: str, **values) -> dict:
         row = self.log.append(kind, **values)
-        if self.events is not None:
-            self.events.append(row)
+        self.events(row)
         return row
 
     def _finish_epoch(self, at: Position, host: dict, started: float) -> Position:

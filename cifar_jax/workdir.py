@@ -23,7 +23,7 @@ from collections.abc import Iterator, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 
-from cifar_jax.errors import UserError
+from cifar_jax.errors import ReaderLeft, UserError
 from cifar_jax.recipes import Recipe
 
 FORMAT = 1
@@ -219,7 +219,8 @@ def open_workdir(path: Path | str, config: Config, *, overwrite: bool = False) -
       Whether an earlier part of the same run is there to go on from.
 
     Raises:
-      UserError: it is a file, not writable, in use, holds other files, or holds another run
+      UserError: the reader of what is printed has left before there is a `summary.json`; `path` is
+        a file, not writable, in use, holds other files, or holds another run
         (the message lists the differences) and `overwrite` is False.
     """
     path = Path(path).absolute()
@@ -244,7 +245,12 @@ def open_workdir(path: Path | str, config: Config, *, overwrite: bool = False) -
                 )
         else:
             write_json(path / "config.json", config.to_dict())
-        yield resume
+        try:
+            yield resume
+        except ReaderLeft as error:
+            if (path / "summary.json").exists():
+                raise
+            raise UserError(f"{error}; the run is not complete: the same command goes on") from None
 
 
 @contextlib.contextmanager
@@ -269,7 +275,8 @@ def write_json(path: Path, values: dict) -> None:
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with open(temporary, "w", encoding="utf-8") as file:
+        # What no encoding holds (bytes of a file's name) becomes a JSON escape.
+        with open(temporary, "w", encoding="utf-8", errors="backslashreplace") as file:
             json.dump(values, file, indent=2, ensure_ascii=False, allow_nan=False)
             file.write("\n")
             file.flush()
