@@ -197,7 +197,7 @@ class TensorBoardLog:
 
     def __init__(self, directory: str | Path, *, resumed_at: int | None = None):
         try:
-            from tensorboardX.event_file_writer import EventsWriter
+            from tensorboardX import event_file_writer
             from tensorboardX.proto.event_pb2 import Event, SessionLog
         except ImportError:
             raise UserError(
@@ -207,7 +207,7 @@ class TensorBoardLog:
         with self._blame():
             Path(directory).mkdir(parents=True, exist_ok=True)
             # Not their SummaryWriter, whose threads print what fails, and then wait for ever.
-            self._writer = EventsWriter(os.path.join(directory, "events"))
+            self._writer = event_file_writer.EventsWriter(os.path.join(directory, "events"))
             if resumed_at is not None:
                 # TensorBoard drops points at or after this step.
                 start = SessionLog(status=SessionLog.START)

@@ -181,6 +181,12 @@ def differences(old: Config, new: Config) -> list[str]:
 
 def _check_usable(path: Path) -> None:
     try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise UserError(
+            f"--workdir {path}: checkpoints need a name in UTF-8; take another"
+        ) from None
+    try:
         if path.exists() and not path.is_dir():
             raise UserError(f"--workdir {path} is a file; name a directory")
         path.mkdir(parents=True, exist_ok=True)
