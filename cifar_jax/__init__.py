@@ -10,9 +10,14 @@ import gc
 import importlib
 import sys
 
-# `python -m cifar_jax.train`, whose name is not in `argv` yet: the collector would spend a quarter
-# of the time the imports take (0.5 of 2 s) on objects that stay. `errors.run_command` starts it.
-if sys.argv[:1] == ["-m"]:
+# Whether this is `python -m cifar_jax.train` or another command of ours: while the module is looked
+# up `argv` is "-m" and the arguments, and the word before these is its name.
+IS_COMMAND = sys.argv[:1] == ["-m"] and "".join(sys.orig_argv[-len(sys.argv) :][:1]).startswith(
+    f"{__name__}."
+)
+# The collector would spend a quarter of the time the imports take (0.5 of 2 s) on objects that
+# stay. `errors.run_command` starts it.
+if IS_COMMAND:
     gc.disable()
 
 __version__ = "0.1.0"

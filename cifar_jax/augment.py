@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from cifar_jax.errors import UserError, lookup
 
@@ -45,6 +46,17 @@ def normalize(images: jax.Array, name: str = "half", dtype=jnp.float32) -> jax.A
         shape = (1,) * (x.ndim - 1) + (3,)
         x = (x - jnp.array(mean).reshape(shape)) / jnp.array(std).reshape(shape)
     return x.astype(dtype)
+
+
+def displayable(images: np.ndarray, name: str = "half") -> np.ndarray:
+    """Returns normalised float images [..., 3] as uint8: `normalize` undone, cut off at 0 and 255.
+
+    Raises:
+      UserError: unknown normalisation.
+    """
+    mean, std = lookup(NORMALIZATIONS, name, "normalization")
+    x = np.asarray(images, np.float32) * np.array(std) + np.array(mean)
+    return np.clip(np.rint(255 * x), 0, 255).astype(np.uint8)
 
 
 def resize(images: jax.Array, size: int) -> jax.Array:

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
+import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from cifar_jax.errors import UserError
+from cifar_jax.errors import UserError, one_line
 
 BLUE, ORANGE, GREEN, RED = "#0072B2", "#D55E00", "#007A55", "#C8200E"
 INK, QUIET, FAINT = "#222222", "#6B6B6B", "#DDDDDD"
@@ -50,12 +53,51 @@ _STYLE = {
 }
 
 
+def load_matplotlib() -> None:
+    """Imports it, also where `MPLBACKEND` names what is not installed here, as in a command that a
+    notebook starts: files need no display, and the name is for the caller's own figures."""
+    if "matplotlib" in sys.modules:
+        return
+    backend = os.environ.pop("MPLBACKEND", None)
+    try:
+        import matplotlib
+    finally:
+        if backend is not None:
+            os.environ["MPLBACKEND"] = backend
+    with contextlib.suppress(ValueError):
+        if backend:
+            matplotlib.rcParams["backend"] = backend
+
+
+def attempt(pictures: Mapping[Path, Callable[[Path], Any]], say: Callable[[str], None]) -> list:
+    """Draws pictures, without which a result is a result: those that fail cost one line of warning
+    for each reason.
+
+    Args:
+      pictures: {path: function that draws it there}.
+
+    Returns:
+      What the functions that did not fail returned.
+    """
+    drawn, missing = [], {}
+    for path, draw in pictures.items():
+        try:
+            drawn.append(draw(path))
+        except Exception as error:  # matplotlib raises nearly anything
+            reason = getattr(error.__cause__, "strerror", None) or one_line(error)
+            missing.setdefault(reason, []).append(str(path))
+    for reason, paths in missing.items():
+        say(f"warning: not drawn: {', '.join(paths)}: {reason}")
+    return drawn
+
+
 @contextlib.contextmanager
 def drawing(path: str | Path, width: float, height: float, *, palette: int = 0) -> Iterator:
     """Yields a figure of that size in inches; writes it to `path` when the block ends.
 
     A `palette` of so many colours makes the files of drawings without photographs far smaller.
     """
+    load_matplotlib()
     import matplotlib.style
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

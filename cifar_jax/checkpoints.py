@@ -40,7 +40,7 @@ from typing import Any
 import jax
 
 from cifar_jax import leaves, manifests
-from cifar_jax.errors import UserError
+from cifar_jax.errors import UserError, in_command
 from cifar_jax.files import absolute
 from cifar_jax.manifests import best_step, latest_step, locate, steps
 from cifar_jax.restoring import Restored, cause_of, checkpointer, restore, restore_noting
@@ -50,7 +50,8 @@ __all__ = ["Checkpoints", "Restored", "best_step", "latest_step", "locate", "res
 
 def _not_of_orbax(record: logging.LogRecord) -> bool:
     """A log filter. Orbax logs tracebacks of what reaches the user as one UserError, some of them
-    from threads that outlive the save, so it stays for good; what Orbax raises is not touched."""
+    from threads that outlive the save, so it stays for good, and is for commands only; what Orbax
+    raises is not touched."""
     trace = record.exc_info[2] if record.exc_info else None
     places = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(trace)]
     return not any(os.path.join("orbax", "checkpoint") in p for p in [record.pathname, *places])
@@ -95,7 +96,8 @@ class Checkpoints:
             raise UserError(f"cannot make directory {self.directory}: {reason}") from error
         if not os.access(self.directory, os.W_OK | os.X_OK):
             raise UserError(f"cannot write to directory {self.directory}: Permission denied")
-        _ignore_late_writes()
+        if in_command():
+            _ignore_late_writes()
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
         self._pending: tuple[int, Path, concurrent.futures.Future] | None = None
         self._checkpointer: Any = None
@@ -145,7 +147,7 @@ class Checkpoints:
         self._damaged.discard(folder)  # one of this name was deleted since
         import orbax.checkpoint  # noqa: F401 - before the logger: absl makes one of its own class
 
-        for name in ("absl", "asyncio"):
+        for name in ("absl", "asyncio") if in_command() else ():
             logging.getLogger(name).addFilter(_not_of_orbax)  # adding it again does nothing
         try:
             # Looked at first: TensorStore's threads print tracebacks when a write finds no room.

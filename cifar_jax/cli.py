@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from cifar_jax.errors import UserError, lookup, nearest
 from cifar_jax.files import expanded
@@ -16,11 +16,20 @@ DEFAULT_RECIPE = "dropout"
 MAX_SEED = 2**31 - 1
 
 
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Says defaults that say something, and none twice."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default is None or "(default:" in (action.help or ""):
+            return action.help
+        return super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are `UserError`s that name the nearest option."""
 
     def __init__(self, **settings):
-        settings.setdefault("formatter_class", argparse.ArgumentDefaultsHelpFormatter)
+        settings.setdefault("formatter_class", _Formatter)
         super().__init__(allow_abbrev=False, **settings)
 
     def error(self, message: str) -> typing.NoReturn:
@@ -34,8 +43,18 @@ class Parser(argparse.ArgumentParser):
             wrong = unknown[0].split("=")[0]
             if not wrong.startswith("-"):
                 raise UserError(f"unexpected argument {wrong!r} (see {self.prog} --help)")
-            raise UserError(f"unknown option {wrong}; {nearest(wrong, options)}")
+            raise UserError(f"unknown option {wrong}; {nearest(_meant(wrong, options), options)}")
         return known
+
+
+def _meant(wrong: str, options: Iterable[str]) -> str:
+    """Returns the option that a wrong one abbreviates: by its initials (`--lr`), or the shortest
+    that begins so (`--batch`); itself where there is none."""
+    short = wrong.lstrip("-").replace("_", "-")
+    by_length = sorted(options, key=lambda name: (len(name), name))
+    initials = [o for o in by_length if short == "".join(w[0] for w in o[2:].split("-"))]
+    begun = [o for o in by_length if len(short) > 1 and o[2:].startswith(short)]
+    return next(iter(initials + begun), wrong)
 
 
 def _option_names(parser: argparse.ArgumentParser) -> Iterator[str]:

@@ -31,6 +31,7 @@ def main(arguments: Sequence[str] | None = None, say=print) -> dict:
     """Parses, converts, prints. Returns {"entries", "sha256", "step"}. Raises `UserError`."""
     options = make_parser().parse(arguments)
     from cifar_jax import initial, weight_files
+    from cifar_jax.report import counted
 
     weight_files.check_ending(options.out)
     weight_files.check_target(options.out, options.overwrite)
@@ -53,7 +54,7 @@ def main(arguments: Sequence[str] | None = None, say=print) -> dict:
         say(f"notice: {line}")
     weight_files.write(options.out, weights.state, metadata, overwrite=options.overwrite)
     entries = len(weights.state)
-    say(f"{origin}: {entries} entries written to {options.out}")
+    say(f"{origin}: {counted(entries, 'entry', 'entries')} written to {options.out}")
     return {
         "entries": entries,
         "sha256": weight_files.content_hash(weights.state),

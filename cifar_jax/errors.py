@@ -9,6 +9,8 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
+import cifar_jax
+
 T = TypeVar("T")
 
 
@@ -23,6 +25,15 @@ class UserError(Exception):
 def notice(message: str) -> None:
     """Prints one line for the user on stderr."""
     print(f"cifar_jax: {message}", file=sys.stderr, flush=True)
+
+
+class ReaderLeft(UserError):
+    """The reader of a pipe (`| head`) has gone, and with it the use of printing more."""
+
+
+def one_line(error: BaseException) -> str:
+    """Returns an error's message, or its type where it has none, as one line."""
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
@@ -52,11 +63,20 @@ def check_batched(images: Any) -> None:
         raise UserError(f"images must be [B, H, W, C], these are {list(images.shape)}{missing}")
 
 
+_running = False
+
+
+def in_command() -> bool:
+    """Whether this process runs a command of the package, which may change the process for good
+    (hooks, log filters); a caller's process is the caller's."""
+    return _running
+
+
 @contextlib.contextmanager
 def _quick_start() -> Iterator[None]:
     """Starts the garbage collector that `cifar_jax/__init__.py` stopped; what was imported until
     then stays out of its sight, and at the end everything does: that is a second of a run."""
-    if gc.isenabled():  # not stopped: called from Python, in a process that goes on
+    if gc.isenabled() or not cifar_jax.IS_COMMAND:
         yield
         return
     gc.freeze()
@@ -70,21 +90,34 @@ def _quick_start() -> Iterator[None]:
 def run_command(main: Callable[[], None]) -> int:
     """Runs an entry point and returns its exit status: 0, or 2 with one line on stderr.
 
-    Ctrl-C where nothing catches it ends in 130, as a shell has it, without a traceback.
+    Ctrl-C where nothing catches it ends in 130, and a reader that left (`| head`) in 141, as a
+    shell has them, without a traceback. What was printed has reached stdout where it is 0.
     Anything that is not a `UserError` is a defect of ours and keeps its traceback.
     """
+    from cifar_jax.streams import standard_streams
+
+    global _running
+    with standard_streams():
+        _running = True
+        try:
+            with _quick_start():
+                status = _status_of(main)
+            return status or _status_of(sys.stdout.flush)
+        finally:
+            _running = False
+
+
+def _status_of(action: Callable[[], None]) -> int:
     try:
-        with _quick_start():
-            main()
+        action()
+    except ReaderLeft:
+        return 141
     except UserError as error:
-        message = " ".join(str(error).split())
-        print(f"error: {message}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("Interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        # The reader of a pipe (`| head`) has gone; stdout must not be flushed again at exit.
-        sys.stdout = None
-        return 0
+    except SystemExit as stop:  # `--help`, a signal
+        return stop.code or 0
     return 0

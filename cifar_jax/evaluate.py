@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 
 from cifar_jax import cli
 from cifar_jax.errors import UserError, run_command
+from cifar_jax.streams import json_text
 
 
 def make_parser() -> cli.Parser:
@@ -91,7 +91,7 @@ def main(arguments: Sequence[str] | None = None, say=print) -> dict:
         }
     )
     if options.json:
-        say(json.dumps(result, ensure_ascii=False))
+        say(json_text(result))
         return result
     for line in trained.notices:
         say(f"warning: {line}")

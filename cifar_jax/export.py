@@ -9,11 +9,12 @@ out; the weights and the normalisation are inside. OUT.json beside it says what 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from cifar_jax import cli
@@ -110,19 +111,17 @@ def to_onnx(trained) -> bytes:
             f"ONNX files need the extra `onnx` (pip install '.[onnx]'): {error}; "
             "the format stablehlo needs nothing"
         ) from None
-    # They warn of parts of theirs that this JAX does not fit and that nothing here needs.
-    for name in ("onnx_ir", "jax2onnx"):
-        logging.getLogger(name).setLevel(logging.ERROR)
     images = jax.ShapeDtypeStruct(("batch", *trained.config.dataset["image_shape"]), jnp.uint8)
     try:
-        model = jax2onnx.to_onnx(
-            serving_function(trained),
-            [images],
-            model_name=trained.config.recipe.model,
-            opset=OPSET,
-            input_names=["images"],
-            output_names=["probabilities"],
-        )
+        with _errors_alone("onnx_ir", "jax2onnx"):
+            model = jax2onnx.to_onnx(
+                serving_function(trained),
+                [images],
+                model_name=trained.config.recipe.model,
+                opset=OPSET,
+                input_names=["images"],
+                output_names=["probabilities"],
+            )
     except Exception as error:  # what it does not know ends in nearly anything: `--resize`, for one
         reason = " ".join(str(error).split())[:120]
         raise UserError(
@@ -130,6 +129,21 @@ def to_onnx(trained) -> bytes:
             "the format stablehlo can"
         ) from None
     return model.SerializeToString()
+
+
+@contextlib.contextmanager
+def _errors_alone(*names: str) -> Iterator[None]:
+    """Keeps the warnings of these loggers off the screen meanwhile: of parts of theirs that this
+    JAX does not fit and that nothing here needs."""
+    loggers = [logging.getLogger(name) for name in names]
+    former = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, former, strict=True):
+            logger.setLevel(level)
 
 
 def describe(trained, kind: str, content: bytes) -> dict:

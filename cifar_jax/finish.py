@@ -4,12 +4,24 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import jax
 import numpy as np
 
-from cifar_jax import augment, feed, hardware, inference, records, report, steps
+from cifar_jax import (
+    augment,
+    feed,
+    from_recipe,
+    hardware,
+    inference,
+    plots,
+    records,
+    report,
+    steps,
+    together,
+)
+from cifar_jax.canvas import attempt
 from cifar_jax.clock import peak_memory
 from cifar_jax.environment import environment
-from cifar_jax.from_recipe import input_shape
 from cifar_jax.model_summary import format_table, summarise
 from cifar_jax.models import fold
 from cifar_jax.recipes import Recipe
@@ -64,7 +76,7 @@ def opening_lines(run: Run, workdir: Path) -> list[str]:
     device, cpu = here["device"], here["cpu"]
     where = f"{device['count']} x {device['kind']} ({device['platform']})"
     if device["platform"] == "cpu":
-        where = f"cpu, {cpu['usable']} cores ({cpu['model']})"
+        where = f"cpu, {report.counted(cpu['usable'], 'core')} ({cpu['model']})"
         if hardware.computing_threads() < cpu["usable"]:
             where += f", {hardware.computing_threads()} thread: faster for steps this small"
     if run.devices > 1:
@@ -82,7 +94,9 @@ def opening_lines(run: Run, workdir: Path) -> list[str]:
         *run.notices,
         f"Workdir    {workdir}",
         "",
-        format_table(summarise(run.model, input_shape(recipe, run.config.dataset["image_shape"]))),
+        format_table(
+            summarise(run.model, from_recipe.input_shape(recipe, run.config.dataset["image_shape"]))
+        ),
         "",
     ]
     return lines + vgg_lines(run)
@@ -115,7 +129,8 @@ def describe(recipe: Recipe) -> str:
     parts = [f"{recipe.optimizer} lr {recipe.learning_rate:g}"]
     if recipe.momentum and recipe.optimizer == "sgd":
         parts.append(f"momentum {recipe.momentum:g}")
-    parts += [f"batch {recipe.batch_size}", f"{recipe.epochs} epochs", f"norm {recipe.normalize}"]
+    parts += [f"batch {recipe.batch_size}", report.counted(recipe.epochs, "epoch")]
+    parts += [f"norm {recipe.normalize}"]
     parts += [f"augment {'+'.join(recipe.augment)}"] if recipe.augment else []
     parts += [f"resized to {recipe.resize}x{recipe.resize}"] if recipe.resize else []
     parts += [f"frozen {'+'.join(recipe.freeze)}"] if recipe.freeze else []
@@ -133,64 +148,86 @@ def results_text(summary: dict) -> str:
 
 
 def finish(run: Run, workdir: Path, state: steps.TrainState, trained: dict, say: Print) -> dict:
-    """Tests the chosen weights, draws, writes `summary.json` last, and returns its contents."""
+    """Tests the chosen weights, says what it found, draws, writes `summary.json` last, and returns
+    its contents. A picture that fails costs a warning."""
     which = "best" if run.config.recipe.select_best else "last"
     say(f"Testing the weights of the {which} epoch ({trained['tested_epoch']})")
     found, probabilities = test(run, state, "test")
     with records.MetricsLog(workdir / "metrics.jsonl") as log:
         log.append("test", **found)
-    if run.options.plots:
-        draw(run, workdir, found, probabilities)
-    summary = records.to_json(summarize(run, trained, found))
-    predicted = probabilities.argmax(axis=-1)
+    labels, names = run.dataset.splits["test"].labels, run.dataset.class_names
     say("")
-    say(
-        report.first_images_lines(
-            run.dataset.splits["test"].labels, predicted, run.dataset.class_names
-        )
-    )
-    say(results_text(summary))
+    say(report.first_images_lines(labels, probabilities.argmax(axis=-1), names))
+    say(report.results_lines(found, split="Test"))
+    if run.options.plots:
+        draw(run, workdir, together.own_copy(state.key), found, probabilities, say)
+    summary = records.to_json(summarize(run, trained, found))
     write_json(workdir / "summary.json", summary)
+    say(report.timing_line(summary["seconds"], summary["images_per_second"]))
     say(f"Written to {workdir}")
     return summary
 
 
-def draw(run: Run, workdir: Path, found: dict, probabilities: np.ndarray) -> list[Path]:
-    """Draws the run's pictures into `workdir/plots`; returns their paths."""
-    from cifar_jax import plots
+def first_batch(run: Run, key: jax.Array) -> tuple[np.ndarray, np.ndarray]:
+    """Returns at most `plots.GRID_IMAGES` images of the first training batch as the network got
+    them (normalised, augmented, resized), float32, and their labels.
 
-    names = run.dataset.class_names
-    folder = workdir / "plots"
-    train, test_split = run.dataset.splits["train"], run.dataset.splits["test"]
-    order = feed.epoch_order(run.keys["order"], 1, run.training, run.config.recipe.batch_size)
-    shown = order.reshape(-1)[: plots.GRID_IMAGES]
-    first = np.asarray(train.images[shown[:1]])
-    normalized = np.asarray(augment.normalize(first, run.config.recipe.normalize))[0]
-    labels, predicted = test_split.labels, probabilities.argmax(axis=-1)
+    Args:
+      key: the `TrainState.key` of any of the run's steps.
+    """
+    recipe, train = run.config.recipe, run.dataset.splits["train"]
+    order = feed.epoch_order(run.keys["order"], 1, run.training, recipe.batch_size)[0]
+    shown = order[order >= 0][: plots.GRID_IMAGES]
+    preprocess = jax.jit(from_recipe.preprocess_of(recipe))
+    images = preprocess(train.images[shown], steps.step_keys(key, 0)[1])
+    return np.asarray(images, np.float32), train.labels[shown]
+
+
+def draw(
+    run: Run, workdir: Path, key: jax.Array, found: dict, probabilities: np.ndarray, say: Print
+) -> None:
+    """Draws the run's pictures into `workdir/plots`, and says which could not be drawn.
+
+    Args:
+      key: as `first_batch` takes it.
+      found, probabilities: from `test`.
+    """
+    recipe, names = run.config.recipe, run.dataset.class_names
+    split = run.dataset.splits["test"]
+    true, predicted = split.labels, probabilities.argmax(axis=-1)
     few = slice(0, plots.GRID_IMAGES)
-    rows = records.read_metrics(workdir / "metrics.jsonl", "epoch")
-    heading = f"{run.config.recipe.model} on {run.config.dataset['name']}"
+
+    def training_batch(path: Path) -> None:
+        images, labels = first_batch(run, key)
+        size = min(recipe.batch_size, len(run.training))
+        which = "The" if len(labels) == size else f"{len(labels)} images of the"
+        heading = f"{which} first training batch, as the network saw it"
+        shown = augment.displayable(images, recipe.normalize)
+        plots.training_grid(shown, labels, names, path, heading=heading)
+
+    def channels(path: Path) -> None:
+        order = feed.epoch_order(run.keys["order"], 1, run.training, recipe.batch_size)
+        image = run.dataset.splits["train"].images[order[0, 0]]
+        plots.channels(np.asarray(augment.normalize(image, recipe.normalize)), path)
+
+    def curves(path: Path) -> None:
+        heading = f"{recipe.model} on {run.config.dataset['name']}"
+        rows = records.read_metrics(workdir / "metrics.jsonl")
+        plots.curves(rows, path, heading=heading)
+
+    pictures = {
+        "training_batch": training_batch,
+        "channels": channels,
+        "curves": curves,
+        "confusion_matrix": lambda path: plots.confusion_matrix(found["confusion"], names, path),
+        "predictions": lambda path: plots.predictions(
+            split.images[few], true[few], predicted[few], names, path
+        ),
+        "mistakes": lambda path: plots.mistakes(
+            split.images, true, predicted, probabilities, names, path
+        ),
+    }
     with run.clock("pictures"):
-        return [
-            plots.training_grid(
-                train.images[shown], train.labels[shown], names, folder / "training_batch.png"
-            ),
-            plots.channels(normalized, folder / "channels.png"),
-            plots.curves(rows, folder / "curves.png", heading=heading),
-            plots.confusion_matrix(found["confusion"], names, folder / "confusion_matrix.png"),
-            plots.predictions(
-                test_split.images[few],
-                labels[few],
-                predicted[few],
-                names,
-                folder / "predictions.png",
-            ),
-            plots.mistakes(
-                test_split.images,
-                labels,
-                predicted,
-                probabilities,
-                names,
-                folder / "mistakes.png",
-            ),
-        ]
+        attempt(
+            {workdir / "plots" / f"{name}.png": picture for name, picture in pictures.items()}, say
+        )

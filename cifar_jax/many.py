@@ -22,6 +22,7 @@ from cifar_jax.errors import UserError
 from cifar_jax.hosts import ALONE, Process
 from cifar_jax.members import TrainedGroup, folder_of, write_members
 from cifar_jax.progress import Progress
+from cifar_jax.report import counted
 from cifar_jax.resident import Placement
 from cifar_jax.run import Run
 from cifar_jax.runs import Group
@@ -73,7 +74,7 @@ def opening_lines(run: Run, plan: Plan) -> list[str]:
     seeds, form, processes = run.config.seeds, plan.programs.form, plan.process.count
     how = {"map": "one after another on each", "vmap": "together in every step"}[form]
     lines = [
-        f"Replicas   {len(seeds)} runs, seeds {show_seeds(seeds)}, "
+        f"Replicas   {counted(len(seeds), 'run')}, seeds {show_seeds(seeds)}, "
         f"{replicas.describe_mesh(plan.programs.mesh)}"
         f"{f' of each of {processes} processes' if processes > 1 else ''}, form {form} ({how})"
     ]
@@ -82,7 +83,7 @@ def opening_lines(run: Run, plan: Plan) -> list[str]:
         free = f" of {plan.available / 2**30:,.1f} GiB free" if plan.available else ""
         order = "one after another" if processes == 1 else f"dealt to {processes} processes"
         lines.append(
-            f"Groups     {groups} of up to {plan.size} runs, {order}: a run takes about "
+            f"Groups     {groups} of up to {counted(plan.size, 'run')}, {order}: a run takes about "
             f"{plan.bytes / 2**20:,.1f} MiB{free}"
         )
     return lines
@@ -159,8 +160,7 @@ class Groups:
                 if signal and done:
                     raise Interrupted(signal, last_step)
                 if len(parts) > 1:
-                    runs = f"{count} run{'s' if count > 1 else ''}"
-                    tell(f"Group {number + 1} of {len(parts)}: {runs}")
+                    tell(f"Group {number + 1} of {len(parts)}: {counted(count, 'run')}")
                 self._train_group(number, part, stop, tell, bar)
                 done.add(number)
         if len(done) < len(parts):

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from cifar_jax import parallel, published, records, report
 from cifar_jax import spread as spreads
+from cifar_jax.canvas import attempt
 from cifar_jax.clock import peak_memory
 from cifar_jax.environment import environment
 from cifar_jax.errors import UserError
 from cifar_jax.members import folder_of
+from cifar_jax.report import counted
 from cifar_jax.run import Run
 from cifar_jax.training import Print
 from cifar_jax.workdir import write_json
@@ -53,8 +56,9 @@ def finish(run: Run, groups: Groups, done: Sequence[Mapping], say: Print) -> dic
     folders = [folder_of(workdir, m) for m in members if m.config.seed not in diverged]
     if not folders:
         rate = run.config.recipe.learning_rate
+        which = "the only run" if len(members) == 1 else f"all {len(members)} runs"
         raise UserError(
-            f"all {len(members)} runs diverged, the last at step {max(diverged.values())}; "
+            f"{which} diverged, the last at step {max(diverged.values())}; "
             f"try --learning-rate {rate / 10:g}, --clip-norm 1 or --warmup-epochs 1, "
             "with --overwrite"
         )
@@ -84,19 +88,20 @@ def finish(run: Run, groups: Groups, done: Sequence[Mapping], say: Print) -> dic
             **environment(),
         }
     )
+    say("")
+    say(results_text(summary))
     if run.options.plots:
         percent = [100 * member["test_accuracy"] for member in summary["runs"]]
-        spreads.histogram(
+        histogram = functools.partial(
+            spreads.histogram,
             percent,
             spreads.spread(percent),
-            workdir / "plots" / "test_accuracy.png",
-            heading=f"{run.config.recipe_name}: test accuracy of {len(folders)} runs",
+            heading=f"{run.config.recipe_name}: test accuracy of {counted(len(folders), 'run')}",
             value_name="test accuracy, %",
             ensemble=100 * summary["ensemble"]["test_accuracy"],
             published=_published(run),
         )
-    say("")
-    say(results_text(summary))
+        attempt({workdir / "plots" / "test_accuracy.png": histogram}, say)
     write_json(workdir / "summary.json", summary)
     say(f"Written to {workdir}; each run is a run directory: {folders[0]} ...")
     return summary
@@ -127,8 +132,8 @@ def results_text(summary: Mapping) -> str:
     )
     for value in summary["published_accuracy"]:
         below = sum(run["test_accuracy"] < value for run in summary["runs"])
-        count = len(summary["runs"])
-        lines.append(f"Published {100 * value:.2f} %: {below} of {count} runs lie below it")
+        runs = counted(len(summary["runs"]), "run lies", "runs lie")
+        lines.append(f"Published {100 * value:.2f} %: {below} of {runs} below it")
     for row in summary["diverged"]:
         lines.append(f"Diverged: seed {row['seed']}, at step {row['step']}; counts nowhere above")
     lines.append(report.timing_line(summary["seconds"], summary["images_per_second"]))

@@ -8,7 +8,19 @@ from pathlib import Path
 
 import numpy as np
 
-from cifar_jax.canvas import BLUE, GREEN, INK, ORANGE, QUIET, RED, drawing, grid, save, short
+from cifar_jax.canvas import (
+    BLUE,
+    GREEN,
+    INK,
+    ORANGE,
+    QUIET,
+    RED,
+    drawing,
+    grid,
+    load_matplotlib,
+    save,
+    short,
+)
 from cifar_jax.errors import UserError
 
 GRID_IMAGES = 20
@@ -129,6 +141,7 @@ def channels(image: np.ndarray, path: str | Path) -> str | Path:
       path: where the PNG goes.
     """
     # Drawn with Pillow: thousands of numbers take matplotlib many seconds.
+    load_matplotlib()
     import matplotlib
     from PIL import Image, ImageDraw, ImageFont
 
@@ -186,6 +199,7 @@ def curves(rows: Sequence[Mapping], path: str | Path, *, heading: str = "") -> s
     Raises:
       UserError: no row of kind `epoch`.
     """
+    load_matplotlib()
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 
     from cifar_jax.report import best_epoch

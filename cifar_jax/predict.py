@@ -6,7 +6,6 @@ Images may have any size and format Pillow reads: the middle square is cut out a
 from __future__ import annotations
 
 import glob
-import json
 import os
 import sys
 import warnings
@@ -18,6 +17,7 @@ import numpy as np
 
 from cifar_jax import cli
 from cifar_jax.errors import UserError, run_command
+from cifar_jax.streams import json_text
 
 
 def make_parser() -> cli.Parser:
@@ -111,7 +111,7 @@ def read_image(path: Path, height: int, width: int) -> np.ndarray:
 
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # of what is broken beside the pixels
+            warnings.simplefilter("ignore")  # of size, and of what is broken beside the pixels
             opened = open_image(path.read_bytes())
             image = _eight_bits(_upright(opened), opened.format)
             if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
@@ -207,7 +207,7 @@ def main(arguments: Sequence[str] | None = None, say=print) -> list[dict]:
             classes = [{"class": names[k], "probability": float(share[k])} for k in top]
             results.append({"image": str(path), "predictions": classes})
             if options.json:
-                say(json.dumps(results[-1], ensure_ascii=False))
+                say(json_text(results[-1]))
             else:
                 shown = ", ".join(f"{c['class']} {100 * c['probability']:.1f} %" for c in classes)
                 say(f"{path}: {shown}")

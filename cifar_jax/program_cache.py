@@ -11,7 +11,7 @@ from pathlib import Path
 
 import jax
 
-from cifar_jax.errors import notice
+from cifar_jax.errors import in_command, notice
 from cifar_jax.files import user_cache
 
 # What JAX warns of, once for each program (jax/_src/compiler.py of 0.10).
@@ -25,7 +25,8 @@ def enable() -> str | None:
     None where there is no home directory to have it in.
 
     Small programs are kept too: a run starts with some twenty of them, a second's compiling.
-    A directory the user set (`JAX_COMPILATION_CACHE_DIR`) wins. Damaged entries are removed.
+    A directory the user set (`JAX_COMPILATION_CACHE_DIR`) wins. A command of the package removes
+    damaged entries; in a caller's process JAX warns of them.
     """
     if jax.config.jax_compilation_cache_dir is None:
         base = user_cache()
@@ -34,7 +35,8 @@ def enable() -> str | None:
             return None
         jax.config.update("jax_compilation_cache_dir", str(base / "cifar_jax" / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    _mend()
+    if in_command():
+        _mend()
     return jax.config.jax_compilation_cache_dir
 
 

@@ -5,11 +5,17 @@ from __future__ import annotations
 import sys
 from typing import TextIO
 
+from cifar_jax.streams import printable
 
-def printable(text: str, stream: TextIO) -> str:
-    """Returns `text` with what the stream's encoding cannot hold written as escapes."""
-    encoding = getattr(stream, "encoding", None) or "utf-8"
-    return text.encode(encoding, "backslashreplace").decode(encoding)
+_FORMAT = "{desc}{percentage:3.0f}% |{bar}| {rate_fmt}, {remaining} left{postfix}"
+
+
+def is_terminal(stream: TextIO | None) -> bool:
+    """Whether there is such a stream, open, and a terminal."""
+    try:
+        return stream.isatty()
+    except (AttributeError, ValueError):
+        return False
 
 
 class Progress:
@@ -22,10 +28,17 @@ class Progress:
       done: images trained on before (a resumed run); they do not count in images/s.
       stream: where the bar goes, stderr by default.
       shown: False draws nothing at all.
+      doing: what the bar says until it is first moved.
     """
 
     def __init__(
-        self, total: int, *, done: int = 0, stream: TextIO | None = None, shown: bool = True
+        self,
+        total: int,
+        *,
+        done: int = 0,
+        stream: TextIO | None = None,
+        shown: bool = True,
+        doing: str = "compiling",
     ):
         from tqdm import tqdm
 
@@ -34,20 +47,23 @@ class Progress:
             total=total,
             initial=done,
             file=stream,
-            disable=not (shown and stream.isatty()),
+            disable=not (shown and is_terminal(stream)),
             unit=" images",
             unit_scale=True,
             dynamic_ncols=True,
             miniters=1,
             mininterval=0.2,
             leave=False,
-            bar_format="{desc}{percentage:3.0f}% |{bar}| {rate_fmt}, {remaining} left{postfix}",
+            desc=f"{doing} ",
+            bar_format="{desc}...",
         )
 
-    def update(self, images: int, *, epoch: int, loss: float) -> None:
+    def update(self, images: int, *, epoch: int = 0, loss: float | None = None) -> None:
         """Moves the bar on by `images`; `loss` is the latest mean loss."""
-        self._bar.set_description_str(f"epoch {epoch} ", refresh=False)
-        self._bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
+        self._bar.bar_format = _FORMAT
+        if loss is not None:
+            self._bar.set_description_str(f"epoch {epoch} ", refresh=False)
+            self._bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
         self._bar.update(images)
 
     def skip(self, images: int) -> None:
@@ -58,9 +74,10 @@ class Progress:
             self._bar.refresh()
 
     def print(self, text: str) -> None:
-        """Prints `text` to stdout without breaking the bar."""
-        self._bar.write(printable(text, sys.stdout), file=sys.stdout)
-        sys.stdout.flush()
+        """Prints `text` to stdout, if there is one, without breaking the bar."""
+        if sys.stdout is not None:
+            self._bar.write(printable(text, sys.stdout), file=sys.stdout)
+            sys.stdout.flush()
 
     def close(self) -> None:
         """Takes the bar away. A closed bar still prints."""

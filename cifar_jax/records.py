@@ -18,6 +18,7 @@ import contextlib
 import json
 import math
 import os
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -191,34 +192,57 @@ class TensorBoardLog:
         the event files before. None for a new run.
 
     Raises:
-      UserError: tensorboardX is not installed, or the directory cannot be written.
+      UserError: tensorboardX is not installed, or, from every method, the files cannot be written.
     """
 
     def __init__(self, directory: str | Path, *, resumed_at: int | None = None):
         try:
-            from tensorboardX import SummaryWriter
+            from tensorboardX import event_file_writer
+            from tensorboardX.proto.event_pb2 import Event, SessionLog
         except ImportError:
             raise UserError(
                 "TensorBoard files need tensorboardX: pip install 'cifar_jax[tensorboard]'"
             ) from None
-        # TensorBoard drops points at or after the purge step.
-        purge = None if resumed_at is None else resumed_at + 1
+        self._directory = directory
+        with self._blame():
+            Path(directory).mkdir(parents=True, exist_ok=True)
+            # Not their SummaryWriter, whose threads print what fails, and then wait for ever.
+            self._writer = event_file_writer.EventsWriter(os.path.join(directory, "events"))
+            if resumed_at is not None:
+                # TensorBoard drops points at or after this step.
+                start = SessionLog(status=SessionLog.START)
+                event = Event(step=resumed_at + 1, session_log=start, wall_time=time.time())
+                self._writer.write_event(event)
+
+    @contextlib.contextmanager
+    def _blame(self):
         try:
-            self._writer = SummaryWriter(str(directory), purge_step=purge)
+            yield
         except OSError as error:
-            raise UserError(f"cannot write to {directory}: {error.strerror}") from error
+            raise UserError(
+                f"cannot write TensorBoard files to {self._directory}: {error.strerror}"
+            ) from error
 
     def append(self, row: Mapping) -> None:
         """Writes the row's numbers as scalars `kind/name` at its step (0 where it has none)."""
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.summary import scalar
+
         step = int(row.get("step", 0))
-        for name, value in {**row, **row.get("timing", {})}.items():
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if number and name not in ("step", "epoch"):
-                self._writer.add_scalar(f"{row['kind']}/{name}", value, step)
+        with self._blame():
+            for name, value in {**row, **row.get("timing", {})}.items():
+                number = isinstance(value, (int, float)) and not isinstance(value, bool)
+                if number and name not in ("step", "epoch"):
+                    summary = scalar(f"{row['kind']}/{name}", value)
+                    event = Event(step=step, summary=summary, wall_time=time.time())
+                    self._writer.write_event(event)
+            if row["kind"] == "epoch":
+                self._writer.flush()
 
     def close(self) -> None:
         """Writes what is pending and closes the file."""
-        self._writer.close()
+        with self._blame():
+            self._writer.close()
 
     def __enter__(self) -> TensorBoardLog:
         return self

@@ -27,6 +27,11 @@ def rates(sums: Mapping) -> dict:
     }
 
 
+def counted(count: int, noun: str, plural: str | None = None) -> str:
+    """Returns `1 epoch`, `2 epochs`; the plural is the noun with an s where none is given."""
+    return f"{count} {noun if count == 1 else plural or f'{noun}s'}"
+
+
 def results(sums: Mapping, confusion: np.ndarray, class_names: Sequence[str]) -> dict:
     """Returns what a test found, as it stands in `summary.json`.
 
@@ -164,7 +169,7 @@ def epochs_line(rows: Sequence[Mapping], epochs: int) -> str:
             loss = _mean_and_std([row[f"{part}_loss"] for row in rows], 4)
             accuracy = _mean_and_std([100 * row[f"{part}_accuracy"] for row in rows], 2)
             parts.append(f"{part} loss {loss} accuracy {accuracy} %")
-    parts += [f"{rows[0]['timing']['seconds']:.1f} s", f"{len(rows)} runs"]
+    parts += [f"{rows[0]['timing']['seconds']:.1f} s", counted(len(rows), "run")]
     return "  ".join(parts)
 
 

@@ -113,6 +113,13 @@ def make_preprocess(
     return preprocess
 
 
+def step_keys(key: jax.Array, step: int | jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns the keys of step number `step` of a run with this `TrainState.key`: of dropout by
+    example, of `preprocess`, and of the streams that other modules draw from."""
+    key = jax.random.fold_in(key, step)
+    return tuple(jax.random.fold_in(key, i) for i in range(3))
+
+
 def _mask(batch: Batch) -> jax.Array:
     mask = batch.get("mask")
     return jnp.ones(batch["label"].shape, jnp.float32) if mask is None else mask.astype(jnp.float32)
@@ -182,7 +189,7 @@ def train_step(
     """
     check_batched(batch["image"])
     preprocess = preprocess or make_preprocess()
-    key = jax.random.fold_in(state.key, state.step)
+    dropout_key, preprocess_key, foreign_key = step_keys(state.key, state.step)
     first_example = jnp.zeros((), jnp.int32)
     params = state.params
     if axis_name is not None:
@@ -196,13 +203,13 @@ def train_step(
     mask = _mask(batch)
 
     def gradients(batch, batch_stats, first_example):
-        part = jax.random.fold_in(jax.random.fold_in(key, 2), first_example)
+        part = jax.random.fold_in(foreign_key, first_example)
         rngs = {
-            BY_EXAMPLE: jax.random.fold_in(key, 0),
+            BY_EXAMPLE: dropout_key,
             "dropout": jax.random.fold_in(part, 0),
             "params": jax.random.fold_in(part, 1),
         }
-        images = preprocess(batch["image"], jax.random.fold_in(key, 1), first_example)
+        images = preprocess(batch["image"], preprocess_key, first_example)
 
         def loss_fn(trained):
             logits, updates = model.apply(

@@ -12,6 +12,7 @@ import shlex
 import signal
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -76,8 +77,12 @@ def stop_requests() -> Iterator:
     """Catches SIGINT, SIGTERM and SIGUSR1; yields a function that returns the signal's number or
     None. SIGUSR1 is what SLURM warns with that time is nearly up (`--signal=USR1@60`).
 
-    A second signal acts at once, as it would have without this.
+    A second signal acts at once, as it would have without this. Signals are the main thread's: in
+    another none is caught.
     """
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: None
+        return
     received: list[int] = []
 
     def handler(number, _frame):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -266,7 +267,7 @@ def train(
             if resume and not loop.checkpoints.committed():
                 printer("No checkpoint was saved before: starting from the first step")
             at = loop.begin(resume)
-            with _tensorboard(run, workdir, at) as runs.events:
+            with _tensorboard(run, workdir, at, printer) as runs.events:
                 at = loop.train(at)
             state, (best,) = at.arrays.state, at.best_rows
             found = trained(run, best)
@@ -296,11 +297,25 @@ def trained(run: Run, best: dict | None) -> dict:
 
 
 @contextlib.contextmanager
-def _tensorboard(run: Run, workdir: Path, at: Position) -> Iterator[Callable]:
-    """Yields a function that writes a row as TensorBoard events where they are asked for."""
+def _tensorboard(run: Run, workdir: Path, at: Position, say: Print) -> Iterator[Callable]:
+    """Yields a function that writes a row as TensorBoard events where they are asked for. Of what
+    cannot be written it warns once: no result needs it."""
     if not run.options.tensorboard:
         yield lambda row: None
         return
     step = (at.epoch - 1) * run.steps_per_epoch + at.step
-    with TensorBoardLog(workdir / "tensorboard", resumed_at=step or None) as log:
-        yield log.append
+    log, told = TensorBoardLog(workdir / "tensorboard", resumed_at=step or None), False
+
+    def attempt(action: Callable, *arguments) -> None:
+        nonlocal told
+        try:
+            action(*arguments)
+        except UserError as error:
+            if not told:
+                say(f"warning: {error}; the run goes on without")
+            told = True
+
+    try:
+        yield functools.partial(attempt, log.append)
+    finally:
+        attempt(log.close)

@@ -22,7 +22,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from cifar_jax import files
-from cifar_jax.errors import UserError, notice
+from cifar_jax.errors import ReaderLeft, UserError, notice
 from cifar_jax.manifests import latest_step
 from cifar_jax.recipes import TO_THE_END, Recipe
 
@@ -208,6 +208,12 @@ def check_goes_on(path: Path, old: Config, new: Config) -> None:
 
 def _check_usable(path: Path) -> None:
     try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise UserError(
+            f"--workdir {path}: checkpoints need a name in UTF-8; take another"
+        ) from None
+    try:
         if path.exists() and not path.is_dir():
             raise UserError(f"--workdir {path} is a file; name a directory")
         files.make_folder(path)
@@ -258,7 +264,8 @@ def open_workdir(path: Path | str, config: Config, *, overwrite: bool = False) -
       Whether an earlier part of the same run is there to go on from.
 
     Raises:
-      UserError: it is a file, not writable, in use, holds other files, or holds another run
+      UserError: the reader of what is printed has left before there is a `summary.json`; `path` is
+        a file, not writable, in use, holds other files, or holds another run
         (the message lists the differences) and `overwrite` is False.
     """
     path = files.absolute(path)
@@ -281,7 +288,12 @@ def open_workdir(path: Path | str, config: Config, *, overwrite: bool = False) -
             for name in ("summary.json", "plots"):
                 files.remove(path / name)
             write_json(path / "config.json", config.to_dict())
-        yield resume
+        try:
+            yield resume
+        except ReaderLeft as error:
+            if (path / "summary.json").exists():
+                raise
+            raise UserError(f"{error}; the run is not complete: the same command goes on") from None
 
 
 @contextlib.contextmanager
@@ -305,6 +317,7 @@ def write_json(path: Path, values: dict) -> None:
     text = json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False)
     try:
         with files.replacing(path) as temporary:
-            temporary.write_text(text + "\n", encoding="utf-8")
+            # What no encoding holds (bytes of a file's name) becomes a JSON escape.
+            temporary.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from None

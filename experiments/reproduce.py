@@ -11,6 +11,7 @@ PyTorch column is read from `experiments/results/torch_<recipe>.jsonl`, made by
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import sys
@@ -18,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cifar_jax import cli, train
+from cifar_jax.canvas import attempt
 from cifar_jax.errors import lookup, run_command
 from cifar_jax.published import PUBLISHED
 from cifar_jax.recipes import RECIPES
@@ -178,8 +180,8 @@ def main(arguments: Sequence[str] | None = None) -> dict:
     text = table(results)
     write_summary(out / "reproduce.json", results)
     (out / "reproduce.md").write_text(text, encoding="utf-8")
-    draw(results, out / "reproduce.png")
     print(text)
+    attempt({out / "reproduce.png": functools.partial(draw, results)}, print)
     return results
 
 

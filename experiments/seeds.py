@@ -11,11 +11,13 @@ named keep their earlier results.
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from cifar_jax import cli, train
+from cifar_jax.canvas import attempt
 from cifar_jax.errors import lookup, run_command
 from cifar_jax.published import PUBLISHED
 from cifar_jax.records import to_json, write_summary
@@ -111,7 +113,8 @@ def write(results: Mapping, out: Path) -> None:
             "ensemble": 100 * summary["ensemble"]["test_accuracy"],
             "published": PUBLISHED[name]["accuracy"],
         }
-    figures.histograms(panels, out / "seeds.png", value_name="test accuracy, %")
+    draw = functools.partial(figures.histograms, panels, value_name="test accuracy, %")
+    attempt({out / "seeds.png": draw}, print)
 
 
 if __name__ == "__main__":

@@ -169,11 +169,14 @@ class Sweep:
         """Trains what is missing; returns a row for each run, and {phase: seconds}."""
         from cifar_jax import from_recipe, many, many_finish, replicas
         from cifar_jax.clock import Clock
+        from cifar_jax.report import counted
         from cifar_jax.run import make_run
 
         rows, seconds = [], {}
-        what = f"{len(self.points)} points, {len(self.config.seeds)} seeds each"
-        say(f"Sweep      {self.count} runs: {what}, in {len(self.programs)} programs; {workdir}")
+        runs, points = counted(self.count, "run"), counted(len(self.points), "point")
+        what = f"{points}, {counted(len(self.config.seeds), 'seed')} each"
+        programs = counted(len(self.programs), "program")
+        say(f"Sweep      {runs}: {what}, in {programs}; {workdir}")
         for number, (static, places) in enumerate(self.programs):
             runs = [(self.points[i], seed) for i in places for seed in self.config.seeds]
             fixed = self.config.recipe.replace(**static)
@@ -193,8 +196,8 @@ class Sweep:
             if static:
                 say(f"Program {number + 1} of {len(self.programs)}: {sweep_report.shown(static)}")
             say(
-                f"{len(runs)} runs together, {plan.size} at a time, form {plan.programs.form}, "
-                f"{replicas.describe_mesh(plan.programs.mesh)}"
+                f"{counted(len(runs), 'run')} together, {plan.size} at a time, "
+                f"form {plan.programs.form}, {replicas.describe_mesh(plan.programs.mesh)}"
             )
             groups = many.Groups(
                 members,

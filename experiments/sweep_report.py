@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -61,7 +62,9 @@ def by_point(points: Sequence[Mapping], rows: Sequence[Mapping]) -> list[dict]:
 def report(config, varied, points, rows, seconds, workdir: Path, say) -> dict:
     """Writes `results.csv`, `summary.json` and the pictures; prints the best points."""
     from cifar_jax import records
+    from cifar_jax.canvas import attempt
     from cifar_jax.environment import environment
+    from cifar_jax.report import counted
     from cifar_jax.workdir import write_json
     from experiments import figures
 
@@ -79,14 +82,16 @@ def report(config, varied, points, rows, seconds, workdir: Path, say) -> dict:
     )
     diverged = sum(point["diverged"] for point in found)
     say("")
-    say(f"{len(rows)} runs, {diverged} diverged; the best points by {chosen_by.replace('_', ' ')}:")
+    runs = counted(len(rows), "run")
+    say(f"{runs}, {diverged} diverged; the best points by {chosen_by.replace('_', ' ')}:")
     for point in ranked[:5]:
         accuracy = point["test_accuracy"]
         spread = f" ± {100 * accuracy['std']:.2f}" if accuracy["n"] > 1 else ""
         say(f"  {shown(point['values'])}: test accuracy {100 * accuracy['mean']:.2f}{spread} %")
     names = [axis.name for axis in varied]
-    heading = f"{config.recipe_name}, {len(rows)} runs"
-    pictures = figures.sweep(names, found, workdir / "plots", heading=heading)
+    heading = f"{config.recipe_name}, {runs}"
+    draw = functools.partial(figures.sweep, names, found, heading=heading)
+    pictures = [path for paths in attempt({workdir / "plots": draw}, say) for path in paths]
     summary = records.to_json(
         {
             **config.to_dict(),
@@ -98,5 +103,6 @@ def report(config, varied, points, rows, seconds, workdir: Path, say) -> dict:
         }
     )
     write_json(workdir / "summary.json", summary)
-    say(f"Written to {workdir}: results.csv, summary.json, {', '.join(p.name for p in pictures)}")
+    written = ["results.csv", "summary.json", *(path.name for path in pictures)]
+    say(f"Written to {workdir}: {', '.join(written)}")
     return summary

@@ -174,9 +174,10 @@ FULL_DISK = """
 import resource, sys
 import jax.numpy as jnp
 from cifar_jax.checkpoints import Checkpoints
-from cifar_jax.errors import UserError
+from cifar_jax.errors import UserError, run_command
 like = {"w": jnp.zeros(())}
-with Checkpoints(sys.argv[1]) as c:
+def main():
+  with Checkpoints(sys.argv[1]) as c:
     c.save(1, {"w": jnp.float32(1)}, block=True)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     for limit in (0, 20, 300, 2000, 100_000):
@@ -194,6 +195,7 @@ with Checkpoints(sys.argv[1]) as c:
     c.save(2, {"w": jnp.float32(2)}, block=True)
     assert float(c.restore(like).state["w"]) == 2
     assert c.steps() == [1, 2]
+sys.exit(run_command(main))
 """
 
 
@@ -213,7 +215,8 @@ def test_writes_that_fail_in_the_operating_system(tmp_path):
 LATE_WRITE = """
 import sys
 from cifar_jax.checkpoints import Checkpoints
-Checkpoints(sys.argv[1]).__exit__(None, None, None)
+from cifar_jax.errors import run_command
+run_command(lambda: Checkpoints(sys.argv[1]).__exit__(None, None, None))
 class Late:
     def __del__(self):
         raise self.error

@@ -1,9 +1,11 @@
 """Decoding once: many processes, a changed set, a corrupt or impossible cache."""
 
+import io
 import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +56,28 @@ def test_ids_that_are_no_places_keep_the_stored_order(prepared, monkeypatch):
 )
 def test_places_from_ids(identity, place):
     assert decode.place_of(identity, "test", 10) == place
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("stream", [Terminal, io.StringIO])
+def test_a_bar_follows_the_decoding_on_a_terminal(stream, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", stream())
+    order, shown = tmp_path / "order.npy", sys.stderr.getvalue
+    cache._reserve(order, (10,), "int64")
+    with cache._shown(order, 10, progress=True):
+        np.load(order, mmap_mode="r+")[:5] = range(5)
+        deadline = time.monotonic() + 60
+        while sys.stderr.isatty() and "50%" not in shown() and time.monotonic() < deadline:
+            time.sleep(0.05)
+    if stream is Terminal:
+        assert "decoding ..." in shown()
+        assert "decoding  50%" in shown()
+    else:
+        assert shown() == ""
 
 
 def entries(root):

@@ -320,6 +320,13 @@ def test_sixteen_bits_become_eight(tmp_path):
                 read(tmp_path / "wide.tif")
 
 
+def test_a_large_image_brings_no_warning(tmp_path, monkeypatch):
+    save = Image.new("RGB", (40, 40), RED).save
+    save(tmp_path / "large.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # Pillow warns from here, to the double
+    assert (read(tmp_path / "large.png") == RED).all()
+
+
 def test_the_cameras_orientation_is_applied(tmp_path):
     pixels = np.zeros((32, 32, 3), np.uint8)
     pixels[:16] = RED  # the upper half

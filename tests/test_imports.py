@@ -1,8 +1,11 @@
 """What importing and training load: nothing heavy, never torch, never TensorFlow."""
 
 import json
+import os
+import subprocess
+import sys
 
-from tiny_data import python, tiny
+from tiny_data import ROOT, python, tiny
 
 import cifar_jax
 
@@ -54,6 +57,7 @@ def test_training_loads_neither_torch_nor_tensorflow(tiny, tmp_path):
 COLLECTOR = """
 import gc, json, sys
 sys.argv = json.loads(sys.argv[1])
+sys.orig_argv = ["python", "-X", "dev", "-m", *json.loads(sys.argv.pop())]
 import cifar_jax
 from cifar_jax.errors import run_command
 found = [gc.isenabled()]
@@ -63,5 +67,49 @@ print(json.dumps(found))
 
 
 def test_only_a_command_imports_without_the_garbage_collector_and_none_runs_without_it():
-    assert printed(COLLECTOR, '["-m"]') == [False, True, True]  # as `python -m` has it
-    assert printed(COLLECTOR, '["research.py"]') == [True, True, False]
+    def found(argv, module_and_arguments):
+        return printed(COLLECTOR, json.dumps([*argv, json.dumps(module_and_arguments)]))
+
+    # As `python -m` has them while it looks the module up.
+    assert found(["-m"], ["cifar_jax.train"]) == [False, True, True]
+    assert found(["-m", "--x", "1"], ["cifar_jax.train", "--x", "1"]) == [False, True, True]
+    assert found(["research.py"], ["cifar_jax.train"]) == [True, True, False]
+    assert found(["-m", "cifar_jax.train"], ["mylab.run", "cifar_jax.train"]) == [True, True, False]
+    assert found(["-m"], ["mylab.cifar_jax"]) == [True, True, False]
+
+
+def test_a_package_that_imports_this_one_keeps_its_collector(tmp_path):
+    (tmp_path / "mylab").mkdir()
+    (tmp_path / "mylab" / "__init__.py").write_text("import cifar_jax")
+    (tmp_path / "mylab" / "run.py").write_text("import gc; print(gc.isenabled())")
+    done = subprocess.run(
+        [sys.executable, "-m", "mylab.run"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == "True\n"
+
+
+CALLER = """
+import json, logging, sys, warnings
+def state():
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    return [sys.unraisablehook, warnings.showwarning, sys.stdout, sys.stderr, *map(list, (
+        logger.filters for logger in loggers))]
+import jax.numpy as jnp
+import orbax.checkpoint
+before = state()
+from cifar_jax import program_cache
+from cifar_jax.checkpoints import Checkpoints
+program_cache.enable()
+with Checkpoints(sys.argv[1]) as checkpoints:
+    checkpoints.save(1, {"w": jnp.float32(1)}, block=True)
+print(json.dumps([a == b for a, b in zip(before, state())]))
+"""
+
+
+def test_a_callers_hooks_and_filters_stay_the_callers(tmp_path):
+    assert printed(CALLER, tmp_path) == [True] * 6

@@ -1,5 +1,6 @@
 """Many runs in one command: each is the run of its seed, and together they tell the spread."""
 
+import concurrent.futures
 import functools
 import json
 import os
@@ -288,6 +289,20 @@ def test_published_figures_are_those_of_the_unchanged_recipe():
     assert published.accuracies("tutorial", recipe.replace(epochs=3), "cifar10") == []
     assert published.accuracies("tutorial", recipe, "shapes10") == []
     assert published.accuracies("vgg11_bn", RECIPES["vgg11_bn"], "cifar10") == []
+
+
+def test_in_a_thread_and_without_its_picture(group, tiny, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(many_finish.spreads, "histogram", fail)
+    arguments = (tiny, tmp_path / "group", *words("--seeds 3:5,9 --devices 2"))
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        summary, said = pool.submit(start, *arguments).result()
+    assert_same_members(tmp_path / "group", group[0])
+    assert (tmp_path / "group" / "summary.json").exists()
+    assert summary["test_accuracy"] == group[1]["test_accuracy"]
+    assert said.count("warning: not drawn: ") == 1
 
 
 def test_the_lines_of_a_single_run_have_no_spread(group):

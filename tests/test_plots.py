@@ -6,6 +6,7 @@ import matplotlib
 import numpy as np
 import pytest
 from PIL import Image
+from tiny_data import python
 
 from cifar_jax import canvas, plots
 from cifar_jax.errors import UserError
@@ -147,6 +148,44 @@ def test_odd_class_names_and_a_users_own_style(images, tmp_path):
     plain = plots.training_grid(images[:4], np.arange(4), names, tmp_path / "plain.png")
     np.testing.assert_array_equal(pixels(path), pixels(plain))
     assert dict(matplotlib.rcParams) == before
+
+
+PICTURE = """
+import os, sys
+import numpy as np
+from cifar_jax import plots
+plots.channels(np.zeros((2, 2, 3), np.float32), sys.argv[1])
+import matplotlib
+print(os.environ["MPLBACKEND"], matplotlib.rcParams["backend"] == os.environ["MPLBACKEND"])
+"""
+
+
+@pytest.mark.parametrize(("backend", "known"), [("nosuch", False), ("svg", True)])
+def test_the_users_backend_is_neither_needed_nor_lost(tmp_path, monkeypatch, backend, known):
+    monkeypatch.setenv("MPLBACKEND", backend)
+    assert python(PICTURE, tmp_path / "a.png").split() == [backend, str(known)]
+    assert pixels(tmp_path / "a.png").size
+
+
+def test_pictures_that_fail_cost_a_line_for_each_reason(tmp_path):
+    def fail(path):
+        raise ValueError("odd\nvalue")
+
+    def full(path):
+        canvas.save(Image.new("L", (9, 9)), "/dev/full")
+
+    said = []
+    pictures = {
+        tmp_path / "a": full,
+        tmp_path / "b": fail,
+        tmp_path / "c": str,
+        tmp_path / "d": full,
+    }
+    assert canvas.attempt(pictures, said.append) == [str(tmp_path / "c")]
+    assert said == [
+        f"warning: not drawn: {tmp_path}/a, {tmp_path}/d: No space left on device",
+        f"warning: not drawn: {tmp_path}/b: odd value",
+    ]
 
 
 def test_a_picture_that_cannot_be_written_is_one_clear_line(images, tmp_path):

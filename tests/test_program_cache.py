@@ -11,7 +11,9 @@ PROGRAM = """
 import resource, signal, sys, warnings
 import jax, jax.numpy as jnp
 from cifar_jax import program_cache
-folder = program_cache.enable()
+from cifar_jax.errors import run_command
+run_command(program_cache.enable)
+folder = jax.config.jax_compilation_cache_dir
 if len(sys.argv) > 1:
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.RLIM_INFINITY))

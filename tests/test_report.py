@@ -1,5 +1,6 @@
 """Lines a user reads, and the files of a run through crashes, full disks and odd values."""
 
+import contextlib
 import io
 import json
 import math
@@ -129,12 +130,16 @@ class _Terminal(io.StringIO):
 def test_progress_shows_loss_and_rate_on_a_terminal_only(capsys):
     for stream in (_Terminal(), io.StringIO()):
         with Progress(1000, done=200, stream=stream) as progress:
+            progress._bar.refresh()
+            before = stream.getvalue()
             progress.update(300, epoch=2, loss=1.2345)
             progress._bar.refresh()
             progress.print("a line")
         progress.print("after the end")
         shown = stream.getvalue()
         if stream.isatty():
+            assert "compiling ..." in before
+            assert "images/s" not in before
             assert "epoch 2" in shown
             assert "loss 1.234" in shown
             assert "50%" in shown
@@ -143,6 +148,23 @@ def test_progress_shows_loss_and_rate_on_a_terminal_only(capsys):
         else:
             assert shown == ""
         assert capsys.readouterr().out == "a line\nafter the end\n"
+
+
+@pytest.mark.parametrize("stream", ["none", "closed"])
+def test_without_a_stream_nothing_is_printed(monkeypatch, stream):
+    found = _Terminal() if stream == "closed" else None
+    if found:
+        found.close()
+    monkeypatch.setattr(sys, "stderr", found)
+    monkeypatch.setattr(sys, "stdout", None)
+    with Progress(10) as progress:
+        progress.update(5, epoch=1, loss=1.0)
+        progress.print("a line")
+
+
+def test_one_is_no_plural():
+    assert report.counted(1, "epoch") == "1 epoch"
+    assert report.counted(2, "entry", "entries") == "2 entries"
 
 
 # --- metrics.jsonl
@@ -276,6 +298,11 @@ def test_values_without_a_json_form_are_refused(path):
 # --- summary.json, environment, TensorBoard
 
 
+def test_bytes_of_a_files_name_survive_json(tmp_path):
+    records.write_summary(tmp_path / "summary.json", {"source": "caf\udce9 고"})
+    assert json.loads((tmp_path / "summary.json").read_text("utf-8")) == {"source": "caf\udce9 고"}
+
+
 def test_summary_is_whole_or_as_before(tmp_path):
     path = tmp_path / "summary.json"
     records.write_summary(path, {"test_loss": np.float32(0.5), "best": math.nan, "name": "고양이"})
@@ -327,6 +354,21 @@ def test_tensorboard_gets_every_number_at_its_step(tmp_path):
         ("epoch/train_loss", 200): 1.5,
         ("epoch/images_per_second", 200): 5.0,
     }
+
+
+def test_tensorboard_files_that_cannot_be_written_are_one_error(tmp_path):
+    pytest.importorskip("tensorboardX", reason="the extra `tensorboard` is not installed")
+    row = {"kind": "epoch", "epoch": 1, "step": 1, "train_loss": 1.0}
+    with records.TensorBoardLog(tmp_path) as log:
+        good = log._writer._py_recordio_writer._writer
+        log._writer._py_recordio_writer._writer = open("/dev/full", "wb")  # noqa: SIM115
+        with pytest.raises(UserError, match=r"cannot write TensorBoard files to .*: No space left"):
+            log.append(row)
+        with contextlib.suppress(OSError):
+            log._writer._py_recordio_writer._writer.close()
+        log._writer._py_recordio_writer._writer = good
+    with pytest.raises(UserError, match="cannot write TensorBoard files"):
+        records.TensorBoardLog("/proc/nosuch")
 
 
 def test_tensorboard_absent_says_what_to_install(tmp_path, monkeypatch):

@@ -1,12 +1,15 @@
 """Whole runs through the train command: what they print, write and compute."""
 
+import concurrent.futures
 import contextlib
 import functools
 import json
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from PIL import Image
 from quick import jit
@@ -20,11 +23,23 @@ from tiny_data import (
     complete,
     rows_of,
     small,
+    states_of,
     tiny,
     words,
 )
 
-from cifar_jax import feed, inference, make_model, make_optimizer, parallel, resident, steps, train
+from cifar_jax import (
+    feed,
+    inference,
+    make_model,
+    make_optimizer,
+    parallel,
+    plots,
+    records,
+    resident,
+    steps,
+    train,
+)
 from cifar_jax.datasets import load_dataset, shapes10
 from cifar_jax.errors import UserError
 from cifar_jax.recipes import RECIPES
@@ -191,6 +206,79 @@ def test_pictures_are_pictures(complete):
             image.load()
             assert min(image.size) > 200
             assert np.asarray(image.convert("L")).std() > 5, "not blank"
+
+
+def test_curves_hold_the_windows(complete, tmp_path):
+    drawn = (complete / "plots" / "curves.png").read_bytes()
+    for name, kind, same in (("all", None, True), ("epochs", "epoch", False)):
+        path = tmp_path / f"{name}.png"
+        plots.curves(rows_of(complete, kind), path, heading="tutorial_cnn on cifar10")
+        assert (path.read_bytes() == drawn) == same
+
+
+class Seen:
+    """A model that gives back the images it got."""
+
+    def apply(self, variables, images, **_):
+        logits = jnp.broadcast_to(variables["params"]["w"], (len(images), 10))
+        return logits, {"batch_stats": {"images": images}}
+
+
+def test_the_first_batch_is_drawn_as_the_first_step_got_it(complete, tiny, tmp_path):
+    config = read_config(complete)
+    recipe = config.recipe
+    (key,) = (x for name, x in states_of(complete).items() if name.endswith("latest['state'].key"))
+    data = load_dataset("cifar10", data_dir=tiny, progress=False).splits["train"]
+    keys = feed.run_keys(config.seed)
+    training, _ = feed.split_indices(keys["split"], len(data), recipe.validation_fraction)
+    first = feed.epoch_order(keys["order"], 1, training, recipe.batch_size)[0]
+    state = steps.TrainState(
+        step=jnp.int32(0),
+        params={"w": jnp.zeros(10)},
+        batch_stats={},
+        opt_state=(),
+        key=jax.random.wrap_key_data(key),
+    )
+    batch = {"image": data.images[first], "label": data.labels[first]}
+    preprocess = steps.make_preprocess(recipe.normalize, recipe.augment)
+    state, _ = jit(
+        functools.partial(
+            steps.train_step, model=Seen(), optimizer=optax.identity(), preprocess=preprocess
+        )
+    )(state, batch)
+    images = np.asarray(state.batch_stats["images"])
+    shown = np.rint(255 * (images + 1) / 2).astype(np.uint8)  # the recipe's normalisation is `half`
+    assert (shown != data.images[first]).any(), "augmented"
+    heading = "The first training batch, as the network saw it"
+    path = plots.training_grid(shown, batch["label"], NAMES, tmp_path / "a.png", heading=heading)
+    assert path.read_bytes() == (complete / "plots" / "training_batch.png").read_bytes()
+
+
+def test_pictures_and_events_that_fail_cost_a_warning(tiny, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise UserError("cannot write it")
+
+    monkeypatch.setattr(records.TensorBoardLog, "append", fail)
+    for name in words("curves mistakes"):
+        monkeypatch.setattr(plots, name, fail)
+    lines = []
+    common = ["--data-dir", str(tiny), "--workdir", str(tmp_path / "run")]
+    summary = train.main([*QUICK, *common, "--tensorboard"], say=lines.append)
+    assert summary == json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert len(list((tmp_path / "run" / "plots").iterdir())) == 4
+    events, pictures = (line for line in lines if line.startswith("warning: "))
+    assert events == "warning: cannot write it; the run goes on without"
+    assert pictures.startswith("warning: not drawn: ")
+    assert "curves.png, " in pictures
+    assert pictures.endswith("mistakes.png: cannot write it")
+    assert any(", 1 epoch, " in line for line in lines)
+
+
+def test_in_a_thread(rich, tiny, tmp_path):
+    """Of a notebook, a server: Python gives signals to the main thread alone."""
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        pool.submit(run, tiny, tmp_path / "run", *RICH_SMALL).result()
+    assert_same_run(tmp_path / "run", rich)
 
 
 def test_a_second_start_says_complete_and_changes_nothing(complete, tiny):

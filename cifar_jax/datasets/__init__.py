@@ -139,7 +139,7 @@ def load_dataset(
                 )
             if progress:
                 cache.notice(f"decoding {prepared.counts[split]:,} images of {name} {split}, once")
-            cache.build(roots, entry_name, prepared, split, image_size)
+            cache.build(roots, entry_name, prepared, split, image_size, progress)
             found = cache.find(roots, entry_name)
             if found is None:
                 raise UserError(f"the decoded images of {directory} vanished while being read")

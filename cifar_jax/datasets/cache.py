@@ -8,13 +8,17 @@ what the prepared set says of itself, so that a warm start does not import tenso
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
 import os
 import shutil
+import sys
 import tempfile
+import threading
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +28,7 @@ from cifar_jax.datasets import decode
 from cifar_jax.datasets.locate import PreparedSet, writable
 from cifar_jax.errors import UserError, notice
 from cifar_jax.files import absolute, lock, make_folder, user_cache
+from cifar_jax.progress import Progress, is_terminal
 
 FORMAT = 1  # part of the key: change it when decoding or the files' layout changes
 _ARRAYS = ("images", "labels", "order")
@@ -85,9 +90,15 @@ def find(roots: list[Path], name: str) -> tuple[Path, dict[str, np.ndarray], dic
 
 
 def build(
-    roots: list[Path], name: str, prepared: PreparedSet, split: str, size: int | None
+    roots: list[Path],
+    name: str,
+    prepared: PreparedSet,
+    split: str,
+    size: int | None,
+    progress: bool = False,
 ) -> None:
-    """Decodes a split into an entry `name` of the first of `roots` that can take it.
+    """Decodes a split into an entry `name` of the first of `roots` that can take it, with a bar on
+    a terminal if there is to be `progress`.
 
     Two processes at once: the second waits and finds the entry made.
 
@@ -107,7 +118,7 @@ def build(
                         return
                 except CorruptCache:
                     shutil.rmtree(root / name)
-                _write(root, name, prepared, split, size)
+                _write(root, name, prepared, split, size, progress)
             return
         except OSError as error:
             reasons.append(f"{root}: {error.strerror or error}")
@@ -117,13 +128,13 @@ def build(
     )
 
 
-def _write(root, name, prepared, split, size) -> None:
+def _write(root, name, prepared, split, size, progress) -> None:
     for stale in root.glob(f".new-{split}-*"):  # left by a killed process; we hold the lock
         shutil.rmtree(stale, ignore_errors=True)
     new = Path(tempfile.mkdtemp(prefix=f".new-{split}-", dir=root))
     try:
         os.chmod(new, 0o755)  # mkdtemp's 0o700 would hide a shared cache from other users
-        meta = _fill(new, prepared, split, size)
+        meta = _fill(new, prepared, split, size, progress)
         (new / "meta.json").write_text(json.dumps(meta, indent=1))
         os.rename(new, root / name)
     finally:
@@ -134,7 +145,34 @@ def _write(root, name, prepared, split, size) -> None:
             shutil.rmtree(other, ignore_errors=True)
 
 
-def _fill(new: Path, prepared: PreparedSet, split: str, size: int | None) -> dict[str, Any]:
+@contextlib.contextmanager
+def _shown(order: Path, count: int, progress: bool) -> Iterator[None]:
+    """Draws a bar over how many records have a place in `order`, which whoever decodes fills."""
+    if not (progress and is_terminal(sys.stderr)):
+        yield
+        return
+    over, places = threading.Event(), np.load(order, mmap_mode="r")
+
+    def watch(bar: Progress) -> None:
+        before = 0
+        while not over.wait(0.2):
+            done = int((places >= 0).sum())
+            bar.update(done - before)
+            before = done
+
+    with Progress(count, doing="decoding") as bar:
+        watcher = threading.Thread(target=watch, args=(bar,), daemon=True)
+        watcher.start()
+        try:
+            yield
+        finally:
+            over.set()
+            watcher.join()
+
+
+def _fill(
+    new: Path, prepared: PreparedSet, split: str, size: int | None, progress: bool
+) -> dict[str, Any]:
     count, side = prepared.counts[split], size or 32
     shapes = {"images": ((count, side, side, 3), "uint8"), "labels": ((count,), "int32")}
     shapes["order"] = ((count,), "int64")
@@ -150,7 +188,8 @@ def _fill(new: Path, prepared: PreparedSet, split: str, size: int | None) -> dic
         for array, (shape, dtype) in shapes.items():
             _reserve(new / f"{array}.npy", shape, dtype)
         try:
-            decode.decode_all(job | {"by_id": by_id}, count)
+            with _shown(new / "order.npy", count, progress):
+                decode.decode_all(job | {"by_id": by_id}, count)
         except decode.DecodeError as error:
             raise _user_error(prepared, split, str(error)) from error
         arrays = {array: np.load(new / f"{array}.npy", mmap_mode="r") for array in _ARRAYS}
