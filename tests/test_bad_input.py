@@ -295,9 +295,8 @@ def change(place, name, edit):
 def test_one_line_and_nothing_lost(line, expected, place, capsys, monkeypatch):
     monkeypatch.chdir(place)
     command, *arguments = words(line)
-    for word in arguments:
-        if not (place / word).exists():
-            make(place, word)
+    for word in dict.fromkeys(arguments):
+        make(place, word)
     before = snapshot(place)
     capsys.readouterr()
     with open(place / "file") as lock:
