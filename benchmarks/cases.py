@@ -6,8 +6,8 @@ import dataclasses
 
 import numpy as np
 
-from cifar_jax.errors import UserError, lookup
 from cifar_jax.recipes import RECIPES, Recipe
+from cifar_jax.runtime.errors import UserError, lookup
 
 BATCHES = (4, 20, 128, 512, 2048)
 

@@ -20,9 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import results
-from cifar_jax.errors import UserError, run_command
 from cifar_jax.models import blocked
 from cifar_jax.models.lowering import choose, convolve, cpu_compiler_options
+from cifar_jax.runtime.errors import UserError, run_command
 
 FORMS = ("lax", "gemm", "winograd")
 # (kernel, input channels, filters, input size, padding, pool), batch

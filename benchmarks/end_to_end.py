@@ -24,9 +24,9 @@ from pathlib import Path
 
 from benchmarks import results
 from benchmarks.machine import ROOT
-from cifar_jax.environment import peak_bytes
-from cifar_jax.errors import UserError, lookup, run_command
 from cifar_jax.recipes import RECIPES
+from cifar_jax.runtime.environment import peak_bytes
+from cifar_jax.runtime.errors import UserError, lookup, run_command
 
 # dropout's 30 epochs take PyTorch's published loop half an hour: 3 show its rate.
 RUNS = "tutorial:2,adam:10,dropout:3"

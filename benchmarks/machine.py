@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cifar_jax import environment
+from cifar_jax.runtime import environment
 
 ROOT = Path(__file__).resolve().parents[1]
 

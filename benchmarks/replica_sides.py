@@ -59,9 +59,9 @@ class OurReplicas(ReplicaSide):
         import jax
 
         from cifar_jax import parallel, replicas, resident
-        from cifar_jax.clock import Clock, compile_seconds
         from cifar_jax.run import Options, make_run
         from cifar_jax.runs import Group
+        from cifar_jax.runtime.timing import Clock, compile_seconds
         from cifar_jax.workdir import Config, describe_data
 
         recipe, described = case.settings(precision), describe_data(dataset)

@@ -29,7 +29,7 @@ from benchmarks.throughput import (
     take_turns,
 )
 from benchmarks.worker import Worker
-from cifar_jax.errors import UserError, nearest, run_command
+from cifar_jax.runtime.errors import UserError, nearest, run_command
 
 SINGLE = ("ours", "eager")
 FORMS = ("map", "vmap", "torch-vmap")

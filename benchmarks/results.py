@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.machine import commit, hardware
-from cifar_jax.errors import UserError
+from cifar_jax.runtime.errors import UserError
 
 
 def header() -> dict:

@@ -24,7 +24,7 @@ import numpy as np
 
 from benchmarks import results
 from benchmarks.cases import Case, cases_from
-from cifar_jax.errors import UserError, run_command
+from cifar_jax.runtime.errors import UserError, run_command
 
 CASES = "tutorial:4,adam:128,dropout:20,dropout:128,deep:16,deep:64"
 # Numbers an optimizer reads and writes for a weight, besides reading the gradient.
@@ -161,11 +161,12 @@ def main() -> None:
     if any(case.kind != "train" for case in cases) or args.windows < 1 or args.seconds <= 0:
         raise UserError("--cases are training cases; --windows at least 1, --seconds above 0")
 
-    from cifar_jax import hardware, program_cache
+    from cifar_jax import hardware
     from cifar_jax.datasets import load_dataset
+    from cifar_jax.runtime import compilation_cache
 
     hardware.select_platform(args.device)
-    program_cache.enable()
+    compilation_cache.enable()
     dataset = load_dataset("cifar10", data_dir=args.data_dir)
     rates = machine_rates()
     head = results.header()

@@ -107,8 +107,8 @@ class Ours(Side):
         import jax
 
         from cifar_jax import feed, hardware, resident, steps
-        from cifar_jax.clock import Clock, compile_seconds
         from cifar_jax.run import Options, make_run
+        from cifar_jax.runtime.timing import Clock, compile_seconds
         from cifar_jax.workdir import Config, describe_data
 
         recipe = case.settings(precision).replace(fold=self.fold)

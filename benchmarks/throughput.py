@@ -20,7 +20,7 @@ from benchmarks import results
 from benchmarks.cases import CASE_SETS, Case, cases_from
 from benchmarks.statistics import largest_difference, paired_ratio, spread
 from benchmarks.worker import Worker, add_options
-from cifar_jax.errors import UserError, run_command
+from cifar_jax.runtime.errors import UserError, run_command
 
 # Above this the first losses say that the two sides did not do the same work.
 TOLERANCE = {"float32": 1e-2, "bfloat16": 5e-2}

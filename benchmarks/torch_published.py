@@ -17,7 +17,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.torch_trainers import NORMALIZE, Trainer
-from cifar_jax.errors import lookup
+from cifar_jax.runtime.errors import lookup
 
 
 class ToTensor:

@@ -31,8 +31,8 @@ from benchmarks.torch_trainers import (
     NotRun,
     Trainer,
 )
-from cifar_jax.errors import UserError, lookup, run_command
 from cifar_jax.recipes import RECIPES, Recipe
+from cifar_jax.runtime.errors import UserError, lookup, run_command
 
 PEERS: dict[str, Callable[..., Trainer]] = {
     "published": PublishedTrainer,

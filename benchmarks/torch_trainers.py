@@ -25,8 +25,8 @@ import torch
 from torch.nn import functional as F
 
 from benchmarks.torch_models import MODELS
-from cifar_jax.errors import UserError, lookup
 from cifar_jax.recipes import Recipe
+from cifar_jax.runtime.errors import UserError, lookup
 
 # name -> (mean, std) of `Normalize`, written out here so that this process need not import jax:
 # a DataLoader forks its workers, which jax's threads do not survive.

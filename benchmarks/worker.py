@@ -19,8 +19,8 @@ import sys
 from pathlib import Path
 
 from benchmarks.machine import ROOT
-from cifar_jax.environment import peak_bytes
-from cifar_jax.errors import UserError
+from cifar_jax.runtime.environment import peak_bytes
+from cifar_jax.runtime.errors import UserError
 
 
 class Worker:
@@ -164,9 +164,9 @@ def main() -> None:
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])
         os.environ["OMP_NUM_THREADS"] = str(args.threads)
     if is_ours(args.side):
-        from cifar_jax import program_cache
+        from cifar_jax.runtime import compilation_cache
 
-        program_cache.enable()
+        compilation_cache.enable()
 
     from benchmarks.cases import parse
     from cifar_jax import hardware

@@ -27,7 +27,7 @@ _HOMES = {
     "RECIPES": "recipes",
     "Recipe": "recipes",
     "TrainState": "steps",
-    "UserError": "errors",
+    "UserError": "runtime.errors",
     "batches": "feed",
     "create_state": "steps",
     "epoch_order": "feed",

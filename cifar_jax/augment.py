@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cifar_jax.errors import UserError, lookup
+from cifar_jax.runtime.errors import UserError, lookup
 
 # name -> (mean, standard deviation) of each channel on the [0, 1] scale.
 NORMALIZATIONS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {

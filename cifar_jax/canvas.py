@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from cifar_jax.errors import UserError, one_line
+from cifar_jax.runtime.errors import UserError, one_line
 
 BLUE, ORANGE, GREEN, RED = "#0072B2", "#D55E00", "#007A55", "#C8200E"
 INK, QUIET, FAINT = "#222222", "#6B6B6B", "#DDDDDD"

@@ -40,10 +40,10 @@ from typing import Any
 import jax
 
 from cifar_jax import leaves, manifests
-from cifar_jax.errors import UserError, in_command
-from cifar_jax.files import absolute
 from cifar_jax.manifests import best_step, latest_step, locate, steps
 from cifar_jax.restoring import Restored, cause_of, checkpointer, restore, restore_noting
+from cifar_jax.runtime.errors import UserError, in_command
+from cifar_jax.runtime.files import absolute
 
 __all__ = ["Checkpoints", "Restored", "best_step", "latest_step", "locate", "restore", "steps"]
 

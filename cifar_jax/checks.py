@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from cifar_jax import optimizers
-from cifar_jax.errors import UserError
 from cifar_jax.recipes import Recipe
+from cifar_jax.runtime.errors import UserError
 
 # A loss within this of ln(classes) over the whole first epoch has not begun to fall.
 STUCK_MARGIN = 0.01

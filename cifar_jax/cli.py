@@ -7,10 +7,10 @@ import dataclasses
 import typing
 from collections.abc import Iterable, Iterator, Sequence
 
-from cifar_jax.errors import UserError, lookup, nearest
-from cifar_jax.files import expanded
 from cifar_jax.models import MODELS
 from cifar_jax.recipes import MODEL_RECIPES, RECIPES, Recipe, option_of
+from cifar_jax.runtime.errors import UserError, lookup, nearest
+from cifar_jax.runtime.files import expanded
 
 DEFAULT_RECIPE = "dropout"
 MAX_SEED = 2**31 - 1
@@ -248,14 +248,15 @@ def start_device(options: argparse.Namespace, recipe: Recipe | None = None) -> N
       recipe: what this process will train, if it does nothing else: a CPU's threads are then as
         many as this recipe is fastest with.
     """
-    from cifar_jax import from_recipe, hardware, program_cache
+    from cifar_jax import from_recipe, hardware
     from cifar_jax.models.lowering import LOWERINGS
+    from cifar_jax.runtime import compilation_cache
 
     if options.conv not in LOWERINGS:
         raise UserError(f"unknown --conv {options.conv!r}; {nearest(options.conv, LOWERINGS)}")
     threads = from_recipe.cpu_threads(recipe, options.devices) if recipe else None
     hardware.select_platform(options.device, threads)
-    program_cache.enable()
+    compilation_cache.enable()
 
 
 def stay_on_cpu() -> None:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cifar_jax import cli
-from cifar_jax.errors import run_command
+from cifar_jax.runtime.errors import run_command
 
 
 def make_parser() -> cli.Parser:

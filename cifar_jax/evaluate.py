@@ -6,8 +6,8 @@ import sys
 from collections.abc import Sequence
 
 from cifar_jax import cli
-from cifar_jax.errors import UserError, run_command
-from cifar_jax.streams import json_text
+from cifar_jax.runtime.errors import UserError, run_command
+from cifar_jax.runtime.streams import json_text
 
 
 def make_parser() -> cli.Parser:

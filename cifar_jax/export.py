@@ -18,8 +18,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from cifar_jax import cli
-from cifar_jax.environment import environment
-from cifar_jax.errors import UserError, nearest, run_command
+from cifar_jax.runtime.environment import environment
+from cifar_jax.runtime.errors import UserError, nearest, run_command
 
 FORMATS = ("stablehlo", "onnx")  # each is written to files that end in its name
 PLATFORMS = ("cpu", "cuda")

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cifar_jax.errors import UserError
+from cifar_jax.runtime.errors import UserError
 
 FEEDS = ("resident", "stream")
 

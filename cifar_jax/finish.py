@@ -20,13 +20,13 @@ from cifar_jax import (
     together,
 )
 from cifar_jax.canvas import attempt
-from cifar_jax.clock import peak_memory
-from cifar_jax.environment import environment
 from cifar_jax.model_summary import format_table, summarise
 from cifar_jax.models import fold
 from cifar_jax.recipes import Recipe
 from cifar_jax.run import Run
-from cifar_jax.training import Print
+from cifar_jax.runs import Print
+from cifar_jax.runtime.environment import environment
+from cifar_jax.runtime.timing import peak_memory
 from cifar_jax.workdir import show_seeds, write_json
 
 

@@ -11,8 +11,8 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from cifar_jax.environment import usable_cores
-from cifar_jax.errors import UserError, nearest
+from cifar_jax.runtime.environment import usable_cores
+from cifar_jax.runtime.errors import UserError, nearest
 
 DEVICES = ("auto", "cpu", "gpu", "tpu")
 AXIS = "data"

@@ -30,7 +30,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from cifar_jax.errors import UserError
+from cifar_jax.runtime.errors import UserError
 
 JOIN_SECONDS = 50  # to wait for the coordinator, or for the others
 HEARTBEAT_SECONDS = 30  # without a sign of life, after which JAX takes a process for dead

@@ -14,20 +14,21 @@ import jax.numpy as jnp
 import numpy as np
 
 from cifar_jax import (
-    checkpoints,
     feed,
     from_recipe,
     hardware,
     layer_groups,
+    manifests,
     optimizers,
     parallel,
     report,
+    restoring,
     steps,
 )
 from cifar_jax.datasets import Dataset, Split
-from cifar_jax.errors import UserError
 from cifar_jax.models import fold, model_of
 from cifar_jax.resident import Examples
+from cifar_jax.runtime.errors import UserError
 from cifar_jax.workdir import Config, read_config
 
 
@@ -75,15 +76,15 @@ def load(path: str | Path, which: str | int | None = None, *, lowering: str = "a
     Raises:
       UserError: no run directory, no such checkpoint, or none that is undamaged.
     """
-    folder, asked = checkpoints.locate(path, which or "latest")
+    folder, asked = manifests.locate(path, which or "latest")
     run = folder.parent
     config = read_config(run)
     recipe = config.recipe
     if which is None and asked == "latest" and recipe.select_best:
-        asked = "best" if checkpoints.best_step(folder) is not None else "latest"
+        asked = "best" if manifests.best_step(folder) is not None else "latest"
     model = model_of(recipe, len(config.dataset["class_names"]), lowering)
     abstract = abstract_payload(config, model)
-    found = checkpoints.restore(folder, abstract, which=asked)
+    found = restoring.restore(folder, abstract, which=asked)
     state = jax.device_put(found.state["state"])
     return Trained(
         config=config,

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from cifar_jax import weight_files
-from cifar_jax.errors import UserError
 from cifar_jax.models import fold
+from cifar_jax.runtime.errors import UserError
 from cifar_jax.torch_weights import (
     last_layer,
     misfits,

@@ -14,7 +14,7 @@ import jax
 import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from cifar_jax.errors import UserError, nearest
+from cifar_jax.runtime.errors import UserError, nearest
 
 Params = Mapping[str, Any]
 

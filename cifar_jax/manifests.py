@@ -15,8 +15,8 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-from cifar_jax.errors import UserError
-from cifar_jax.files import absolute, replacing
+from cifar_jax.runtime.errors import UserError
+from cifar_jax.runtime.files import absolute, replacing
 
 MANIFEST = "checkpoint.json"
 _FOLDER = re.compile(r"(\d+)(?:\.(\d+))?")

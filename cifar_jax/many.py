@@ -15,18 +15,19 @@ from typing import Any
 
 import numpy as np
 
-from cifar_jax import files, group_size, many_finish, records, replicas, shared_workdir
+from cifar_jax import group_size, many_finish, records, replicas, shared_workdir
 from cifar_jax.checks import check_first_forward
-from cifar_jax.clock import Clock
-from cifar_jax.errors import UserError
 from cifar_jax.hosts import ALONE, Process
 from cifar_jax.members import TrainedGroup, folder_of, write_members
 from cifar_jax.progress import Progress
 from cifar_jax.report import counted
 from cifar_jax.resident import Placement
 from cifar_jax.run import Run
-from cifar_jax.runs import Group
-from cifar_jax.training import Interrupted, Loop, Print
+from cifar_jax.runs import Group, Print
+from cifar_jax.runtime import files
+from cifar_jax.runtime.errors import UserError
+from cifar_jax.runtime.timing import Clock
+from cifar_jax.training import Interrupted, Loop
 from cifar_jax.workdir import show_seeds, write_json
 
 

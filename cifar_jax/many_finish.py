@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 from cifar_jax import parallel, published, records, report
 from cifar_jax import spread as spreads
 from cifar_jax.canvas import attempt
-from cifar_jax.clock import peak_memory
-from cifar_jax.environment import environment
-from cifar_jax.errors import UserError
 from cifar_jax.members import folder_of
 from cifar_jax.report import counted
 from cifar_jax.run import Run
-from cifar_jax.training import Print
+from cifar_jax.runs import Print
+from cifar_jax.runtime.environment import environment
+from cifar_jax.runtime.errors import UserError
+from cifar_jax.runtime.timing import peak_memory
 from cifar_jax.workdir import write_json
 
 if TYPE_CHECKING:

@@ -12,7 +12,6 @@ import numpy as np
 
 from cifar_jax import (
     feed,
-    files,
     finish,
     from_recipe,
     inference,
@@ -26,6 +25,7 @@ from cifar_jax import (
 from cifar_jax.checkpoints import Checkpoints
 from cifar_jax.run import Run
 from cifar_jax.runs import Group
+from cifar_jax.runtime import files
 from cifar_jax.training import Position
 from cifar_jax.workdir import write_json
 

@@ -21,7 +21,7 @@ from cifar_jax.canvas import (
     save,
     short,
 )
-from cifar_jax.errors import UserError
+from cifar_jax.runtime.errors import UserError
 
 GRID_IMAGES = 20
 

@@ -10,9 +10,9 @@ import os
 import re
 from pathlib import Path
 
-from cifar_jax.download import Unreachable, download, matches
-from cifar_jax.errors import UserError
-from cifar_jax.files import absolute, user_cache
+from cifar_jax.runtime.download import Unreachable, download, matches
+from cifar_jax.runtime.errors import UserError
+from cifar_jax.runtime.files import absolute, user_cache
 from cifar_jax.weight_files import ENDINGS
 
 # model -> name of the weights -> address.

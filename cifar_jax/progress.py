@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import TextIO
 
-from cifar_jax.streams import printable
+from cifar_jax.runtime.streams import printable
 
 _FORMAT = "{desc}{percentage:3.0f}% |{bar}| {rate_fmt}, {remaining} left{postfix}"
 

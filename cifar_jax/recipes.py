@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from cifar_jax.errors import UserError, nearest
+from cifar_jax.runtime.errors import UserError, nearest
 
 OPTIMIZER_NAMES = ("adam", "adamw", "sgd")
 SCHEDULE_NAMES = ("constant", "cosine", "onecycle", "step")

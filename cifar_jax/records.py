@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cifar_jax.errors import UserError
+from cifar_jax.runtime.errors import UserError
 from cifar_jax.workdir import write_json
 
 

@@ -30,8 +30,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from cifar_jax import checks, from_recipe, hardware, parallel
-from cifar_jax.errors import UserError, nearest
 from cifar_jax.run import Run
+from cifar_jax.runtime.errors import UserError, nearest
 
 AXIS = "replica"
 FORMS = ("auto", "map", "vmap")
@@ -84,7 +84,7 @@ def replica_mesh(asked: str, replicas: int, batch_size: int = 1, weights: int = 
     if asked == "auto":
         columns = min(columns, hardware.choose_devices("auto", batch_size, weights))
     chosen = np.array(jax.local_devices()[: rows * columns]).reshape(rows, columns)
-    return Mesh(chosen, (AXIS, parallel.AXIS), axis_types=(AxisType.Auto,) * 2)
+    return Mesh(chosen, (AXIS, hardware.AXIS), axis_types=(AxisType.Auto,) * 2)
 
 
 def describe_mesh(mesh: Mesh) -> str:

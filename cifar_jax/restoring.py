@@ -10,8 +10,8 @@ from typing import Any
 import jax
 
 from cifar_jax import leaves, manifests
-from cifar_jax.errors import UserError
-from cifar_jax.files import absolute
+from cifar_jax.runtime.errors import UserError
+from cifar_jax.runtime.files import absolute
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,11 +20,11 @@ from cifar_jax import (
     resident,
     steps,
 )
-from cifar_jax.clock import Clock
 from cifar_jax.datasets import Dataset
-from cifar_jax.errors import lookup
 from cifar_jax.models import model_of
 from cifar_jax.resident import Placement
+from cifar_jax.runtime.errors import lookup
+from cifar_jax.runtime.timing import Clock
 from cifar_jax.workdir import Config
 
 

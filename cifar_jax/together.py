@@ -15,11 +15,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from cifar_jax.checkpoints import Checkpoints, Restored
-from cifar_jax.environment import environment
-from cifar_jax.errors import UserError
+from cifar_jax.checkpoints import Checkpoints
 from cifar_jax.hosts import Ended, exchange
 from cifar_jax.leaves import is_key
+from cifar_jax.restoring import Restored
+from cifar_jax.runtime.environment import environment
+from cifar_jax.runtime.errors import UserError
 
 
 def several() -> bool:

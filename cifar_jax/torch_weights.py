@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from cifar_jax.errors import UserError
+from cifar_jax.runtime.errors import UserError
 
 Layers = Mapping[str, Mapping[str, Any]]
 

@@ -18,9 +18,9 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from cifar_jax import cli
-from cifar_jax.errors import UserError, nearest, run_command
-from cifar_jax.files import absolute
 from cifar_jax.recipes import RECIPES
+from cifar_jax.runtime.errors import UserError, nearest, run_command
+from cifar_jax.runtime.files import absolute
 
 DEFAULT_SEED = 42
 NAME_LENGTH = 120  # of a run directory that nobody named; file systems allow 255 bytes
@@ -186,9 +186,9 @@ def _main(options, recipe_name, recipe, words: Sequence[str], say, apart=None) -
         together,
         training,
     )
-    from cifar_jax.clock import Clock
     from cifar_jax.from_recipe import input_shape
     from cifar_jax.run import Options, make_run
+    from cifar_jax.runtime.timing import Clock
     from cifar_jax.workdir import Config, describe_data, open_workdir
 
     clock = Clock()

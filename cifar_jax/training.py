@@ -16,12 +16,12 @@ from pathlib import Path
 import numpy as np
 
 from cifar_jax import optimizers, parallel, report, steps, together
-from cifar_jax.clock import seconds_since_start
-from cifar_jax.errors import UserError
 from cifar_jax.progress import Progress
 from cifar_jax.records import MetricsLog, TensorBoardLog, read_metrics
 from cifar_jax.run import Run
 from cifar_jax.runs import Arrays, Chunk, OneRun, Print, Runs
+from cifar_jax.runtime.errors import UserError
+from cifar_jax.runtime.timing import seconds_since_start
 
 
 class Interrupted(Exception):

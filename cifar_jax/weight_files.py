@@ -21,8 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from cifar_jax import files
-from cifar_jax.errors import UserError
+from cifar_jax.runtime import files
+from cifar_jax.runtime.errors import UserError
 from cifar_jax.torch_weights import unwrap
 
 TORCH_ENDINGS = (".pth", ".pt")

@@ -21,10 +21,10 @@ from collections.abc import Iterator, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 
-from cifar_jax import files
-from cifar_jax.errors import ReaderLeft, UserError, notice
 from cifar_jax.manifests import latest_step
 from cifar_jax.recipes import TO_THE_END, Recipe
+from cifar_jax.runtime import files
+from cifar_jax.runtime.errors import ReaderLeft, UserError, notice
 
 FORMAT = 1
 _OWN_NAMES = (

@@ -20,10 +20,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from cifar_jax import cli
-from cifar_jax.errors import UserError, lookup, run_command
-from cifar_jax.files import absolute
 from cifar_jax.models import MODELS
 from cifar_jax.recipes import MODEL_RECIPES, RECIPES, Recipe
+from cifar_jax.runtime.errors import UserError, lookup, run_command
+from cifar_jax.runtime.files import absolute
 from experiments import axes as axes_of
 from experiments import sweep_report
 from experiments.axes import Axis
@@ -168,9 +168,9 @@ class Sweep:
     def train(self, workdir: Path, stop, say) -> tuple[list[dict], dict]:
         """Trains what is missing; returns a row for each run, and {phase: seconds}."""
         from cifar_jax import from_recipe, many, many_finish, replicas
-        from cifar_jax.clock import Clock
         from cifar_jax.report import counted
         from cifar_jax.run import make_run
+        from cifar_jax.runtime.timing import Clock
 
         rows, seconds = [], {}
         runs, points = counted(self.count, "run"), counted(len(self.points), "point")

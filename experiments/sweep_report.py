@@ -63,8 +63,8 @@ def report(config, varied, points, rows, seconds, workdir: Path, say) -> dict:
     """Writes `results.csv`, `summary.json` and the pictures; prints the best points."""
     from cifar_jax import records
     from cifar_jax.canvas import attempt
-    from cifar_jax.environment import environment
     from cifar_jax.report import counted
+    from cifar_jax.runtime.environment import environment
     from cifar_jax.workdir import write_json
     from experiments import figures
 

@@ -30,7 +30,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 def cifar10():
     """Real CIFAR-10, or a skip that says where it was looked for."""
     from cifar_jax.datasets import load_dataset
-    from cifar_jax.errors import UserError
+    from cifar_jax.runtime.errors import UserError
 
     try:
         return load_dataset("cifar10", download=False, progress=False)

@@ -9,7 +9,7 @@ import pytest
 
 from cifar_jax import augment
 from cifar_jax.augment import AUGMENTATIONS, NORMALIZATIONS, normalize
-from cifar_jax.errors import UserError
+from cifar_jax.runtime.errors import UserError
 from cifar_jax.steps import make_preprocess
 
 COUNT = 24

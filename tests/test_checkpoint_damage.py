@@ -17,8 +17,9 @@ import pytest
 from checkpoint_states import assert_same, fill, make_state
 
 from cifar_jax import manifests
-from cifar_jax.checkpoints import Checkpoints, restore
-from cifar_jax.errors import UserError
+from cifar_jax.checkpoints import Checkpoints
+from cifar_jax.restoring import restore
+from cifar_jax.runtime.errors import UserError
 
 # Damage
 
@@ -174,7 +175,7 @@ FULL_DISK = """
 import resource, sys
 import jax.numpy as jnp
 from cifar_jax.checkpoints import Checkpoints
-from cifar_jax.errors import UserError, run_command
+from cifar_jax.runtime.errors import UserError, run_command
 like = {"w": jnp.zeros(())}
 def main():
   with Checkpoints(sys.argv[1]) as c:
@@ -215,7 +216,7 @@ def test_writes_that_fail_in_the_operating_system(tmp_path):
 LATE_WRITE = """
 import sys
 from cifar_jax.checkpoints import Checkpoints
-from cifar_jax.errors import run_command
+from cifar_jax.runtime.errors import run_command
 run_command(lambda: Checkpoints(sys.argv[1]).__exit__(None, None, None))
 class Late:
     def __del__(self):

@@ -12,9 +12,11 @@ import pytest
 from checkpoint_states import assert_same, fill, make_state
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from cifar_jax import checkpoints, manifests
-from cifar_jax.checkpoints import Checkpoints, locate, restore
-from cifar_jax.errors import UserError
+from cifar_jax import manifests
+from cifar_jax.checkpoints import Checkpoints
+from cifar_jax.manifests import locate
+from cifar_jax.restoring import restore
+from cifar_jax.runtime.errors import UserError
 
 
 def no_space(*_):
@@ -206,9 +208,9 @@ def test_older_runs_have_no_average_of_the_statistics(tmp_path):
 def test_what_cannot_be_found(tmp_path):
     like = make_state(0)
     for directory in (tmp_path, tmp_path / "absent"):
-        assert checkpoints.latest_step(directory) is None
-        assert checkpoints.best_step(directory) is None
-        assert checkpoints.steps(directory) == []
+        assert manifests.latest_step(directory) is None
+        assert manifests.best_step(directory) is None
+        assert manifests.steps(directory) == []
         with pytest.raises(UserError, match="no checkpoint in"):
             restore(directory, like)
     fill(tmp_path, 1, 2)
@@ -256,7 +258,8 @@ def test_locate(tmp_path):
 def test_asking_for_steps_does_not_import_orbax(tmp_path):
     fill(tmp_path, 3)
     code = (
-        "import sys; from cifar_jax.checkpoints import Checkpoints, latest_step\n"
+        "import sys; from cifar_jax.checkpoints import Checkpoints\n"
+        "from cifar_jax.manifests import latest_step\n"
         "assert latest_step(sys.argv[1]) == 3 and latest_step(sys.argv[1] + '/none') is None\n"
         "with Checkpoints(sys.argv[1]) as c: assert c.steps() == [3]\n"
         "assert not any(name.split('.')[0] in ('orbax', 'tensorstore') for name in sys.modules)"

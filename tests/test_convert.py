@@ -18,7 +18,7 @@ from tiny_data import (
 )
 
 from cifar_jax import convert, inference, train, weight_files
-from cifar_jax.errors import UserError
+from cifar_jax.runtime.errors import UserError
 from cifar_jax.torch_weights import to_torch
 
 torch = pytest.importorskip("torch", reason="needs PyTorch")
@@ -250,7 +250,7 @@ def test_going_on_with_other_weights_is_refused(complete, files, tiny, tmp_path)
     ],
 )
 def test_bad_input_is_one_line(command, expected, complete, tiny, tmp_path, monkeypatch, capsys):
-    from cifar_jax.errors import run_command
+    from cifar_jax.runtime.errors import run_command
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run").symlink_to(complete)

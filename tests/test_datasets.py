@@ -25,7 +25,7 @@ from datasets_support import tiny as tiny
 from cifar_jax import datasets
 from cifar_jax.datasets import shapes10
 from cifar_jax.datasets.prepare import prepare
-from cifar_jax.errors import UserError
+from cifar_jax.runtime.errors import UserError
 
 REAL = Path(os.environ.get("TFDS_DATA_DIR", "/nonexistent"))
 needs_real = pytest.mark.skipif(

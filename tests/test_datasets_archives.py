@@ -17,7 +17,7 @@ from datasets_support import (
 )
 
 from cifar_jax.datasets.archives import _Unpickler, read_archive
-from cifar_jax.errors import UserError
+from cifar_jax.runtime.errors import UserError
 
 
 def assert_equal(read, arrays):

@@ -24,7 +24,7 @@ from datasets_support import tiny as tiny
 from cifar_jax import datasets
 from cifar_jax.datasets import cache, decode, shapes10
 from cifar_jax.datasets.prepare import prepare
-from cifar_jax.errors import UserError
+from cifar_jax.runtime.errors import UserError
 
 
 def test_many_processes_decode_the_same_arrays_as_one(prepared, monkeypatch):

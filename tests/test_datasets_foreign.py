@@ -18,7 +18,7 @@ from datasets_support import tiny as tiny
 from PIL import Image
 
 from cifar_jax.datasets import decode, locate
-from cifar_jax.errors import UserError
+from cifar_jax.runtime.errors import UserError
 
 # --- other sets
 

@@ -8,8 +8,8 @@ import time
 
 import pytest
 
-from cifar_jax.download import Unreachable, download
-from cifar_jax.errors import UserError
+from cifar_jax.runtime.download import Unreachable, download
+from cifar_jax.runtime.errors import UserError
 
 CONTENT = bytes(range(256)) * 4000  # 1,024,000 bytes
 SHA256 = hashlib.sha256(CONTENT).hexdigest()

@@ -6,8 +6,8 @@ import sys
 import pytest
 
 from benchmarks import cases, conv_shapes, end_to_end, roofline
-from cifar_jax.errors import UserError
 from cifar_jax.report import epoch_line
+from cifar_jax.runtime.errors import UserError
 
 SCRIPT = """
 import sys, time

@@ -13,7 +13,7 @@ from tiny_data import NAMES, STEPS, complete, prepare_tiny, small, tiny
 
 from cifar_jax import evaluate, inference, predict, train
 from cifar_jax.datasets import load_dataset
-from cifar_jax.errors import UserError, run_command
+from cifar_jax.runtime.errors import UserError, run_command
 
 __all__ = ["complete", "small", "tiny"]
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from cifar_jax.errors import UserError
+from cifar_jax.runtime.errors import UserError
 from experiments import lowerings, reproduce, seeds
 
 

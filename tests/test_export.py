@@ -13,7 +13,7 @@ from PIL import Image
 from tiny_data import NAMES, complete, tiny, words
 
 from cifar_jax import export, inference, predict
-from cifar_jax.errors import UserError, run_command
+from cifar_jax.runtime.errors import UserError, run_command
 
 __all__ = ["complete", "tiny"]
 

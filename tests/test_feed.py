@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from cifar_jax import feed
-from cifar_jax.errors import UserError
+from cifar_jax.runtime.errors import UserError
 
 
 def test_split_is_disjoint_and_exhaustive():

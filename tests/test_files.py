@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from cifar_jax import convert, evaluate, export, files, predict, pretrained, train
+from cifar_jax import convert, evaluate, export, predict, pretrained, train
 from cifar_jax.datasets import cache, locate
-from cifar_jax.errors import UserError
+from cifar_jax.runtime import files
+from cifar_jax.runtime.errors import UserError
 from cifar_jax.workdir import open_workdir
 from experiments import sweep
 

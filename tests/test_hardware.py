@@ -10,9 +10,9 @@ import pytest
 from tiny_data import python
 
 from cifar_jax import from_recipe, hardware
-from cifar_jax.environment import usable_cores
-from cifar_jax.errors import UserError
 from cifar_jax.recipes import RECIPES
+from cifar_jax.runtime.environment import usable_cores
+from cifar_jax.runtime.errors import UserError
 
 
 def test_devices_are_asked_for_by_name():
@@ -31,7 +31,7 @@ import jax
 import jax.extend
 from jax._src import hardware_utils, xla_bridge
 from cifar_jax import hardware
-from cifar_jax.errors import UserError
+from cifar_jax.runtime.errors import UserError
 
 class Card:
     platform = "gpu"

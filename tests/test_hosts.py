@@ -19,7 +19,7 @@ from jax.experimental import multihost_utils
 from tiny_data import rows_of, states_of, tiny, words
 
 from cifar_jax import feed, hardware, hosts, resident, together, train
-from cifar_jax.errors import UserError
+from cifar_jax.runtime.errors import UserError
 
 __all__ = ["tiny"]
 

@@ -59,7 +59,7 @@ import gc, json, sys
 sys.argv = json.loads(sys.argv[1])
 sys.orig_argv = ["python", "-X", "dev", "-m", *json.loads(sys.argv.pop())]
 import cifar_jax
-from cifar_jax.errors import run_command
+from cifar_jax.runtime.errors import run_command
 found = [gc.isenabled()]
 run_command(lambda: found.extend([gc.isenabled(), gc.get_freeze_count() > 0]))
 print(json.dumps(found))
@@ -102,9 +102,9 @@ def state():
 import jax.numpy as jnp
 import orbax.checkpoint
 before = state()
-from cifar_jax import program_cache
+from cifar_jax.runtime import compilation_cache
 from cifar_jax.checkpoints import Checkpoints
-program_cache.enable()
+compilation_cache.enable()
 with Checkpoints(sys.argv[1]) as checkpoints:
     checkpoints.save(1, {"w": jnp.float32(1)}, block=True)
 print(json.dumps([a == b for a, b in zip(before, state())]))

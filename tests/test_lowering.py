@@ -10,10 +10,10 @@ from jax import lax
 from jax.sharding import PartitionSpec
 from quick import jit
 
-from cifar_jax.errors import UserError
 from cifar_jax.models import blocked, epilogue, make_model, winograd
 from cifar_jax.models.im2col import Geometry
 from cifar_jax.models.lowering import choose, convolve, cpu_compiler_options, to_images
+from cifar_jax.runtime.errors import UserError
 
 # batch, height, width, channels, features, kernel, padding, pool
 SHAPES = [

@@ -23,9 +23,9 @@ from cifar_jax import (
     published,
     train,
 )
-from cifar_jax.errors import UserError, run_command
 from cifar_jax.recipes import RECIPES
 from cifar_jax.run import Run
+from cifar_jax.runtime.errors import UserError, run_command
 
 __all__ = ["small", "tiny"]
 

@@ -12,10 +12,10 @@ from quick import jit
 from tiny_data import tiny, words
 
 from cifar_jax import augment, evaluate, feed, from_recipe, inference, layer_groups, parallel, train
-from cifar_jax.errors import UserError
 from cifar_jax.models.layers import Dense, Dropout, Flatten
 from cifar_jax.optimizers import make_optimizer
 from cifar_jax.recipes import Recipe
+from cifar_jax.runtime.errors import UserError
 from cifar_jax.steps import create_state, make_preprocess, predict_step, train_step
 
 __all__ = ["tiny"]

@@ -9,7 +9,7 @@ from PIL import Image
 from tiny_data import python
 
 from cifar_jax import canvas, plots
-from cifar_jax.errors import UserError
+from cifar_jax.runtime.errors import UserError
 
 NAMES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 

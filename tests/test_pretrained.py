@@ -18,7 +18,7 @@ import pytest
 from tiny_data import tiny, words
 
 from cifar_jax import inference, initial, make_model, pretrained, train, weight_files
-from cifar_jax.errors import UserError
+from cifar_jax.runtime.errors import UserError
 from cifar_jax.torch_weights import torch_shapes
 
 __all__ = ["tiny"]

@@ -10,9 +10,9 @@ import pytest
 PROGRAM = """
 import resource, signal, sys, warnings
 import jax, jax.numpy as jnp
-from cifar_jax import program_cache
-from cifar_jax.errors import run_command
-run_command(program_cache.enable)
+from cifar_jax.runtime import compilation_cache
+from cifar_jax.runtime.errors import run_command
+run_command(compilation_cache.enable)
 folder = jax.config.jax_compilation_cache_dir
 if len(sys.argv) > 1:
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

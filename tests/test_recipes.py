@@ -7,9 +7,9 @@ import math
 import pytest
 
 from cifar_jax.augment import AUGMENTATIONS, NORMALIZATIONS
-from cifar_jax.errors import UserError
 from cifar_jax.models import MODELS
 from cifar_jax.recipes import MODEL_RECIPES, RECIPES, Recipe
+from cifar_jax.runtime.errors import UserError
 
 # What the write-ups state, field by field.
 PUBLISHED = {

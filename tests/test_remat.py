@@ -11,10 +11,10 @@ import pytest
 from quick import jit
 
 from cifar_jax import parallel, steps
-from cifar_jax.errors import UserError
 from cifar_jax.models import MODELS, model_of
 from cifar_jax.models.layers import BatchNorm, Dense, block
 from cifar_jax.recipes import Recipe
+from cifar_jax.runtime.errors import UserError
 
 
 class Blocks(nn.Module):

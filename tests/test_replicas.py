@@ -13,11 +13,11 @@ from quick import jit
 from tiny_data import Small
 
 from cifar_jax import feed, from_recipe, group_size, parallel, replicas, resident
-from cifar_jax.clock import Clock, compile_seconds
-from cifar_jax.errors import UserError
 from cifar_jax.models.layers import Dense, Dropout, Flatten
 from cifar_jax.recipes import RECIPES
 from cifar_jax.resident import Examples
+from cifar_jax.runtime.errors import UserError
+from cifar_jax.runtime.timing import Clock, compile_seconds
 from cifar_jax.steps import create_state, eval_step, train_step
 
 STEPS, BATCH = 4, 4

@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 
 from cifar_jax import records, report
-from cifar_jax.environment import environment
-from cifar_jax.errors import UserError
-from cifar_jax.progress import Progress, printable
+from cifar_jax.progress import Progress
+from cifar_jax.runtime.environment import environment
+from cifar_jax.runtime.errors import UserError
+from cifar_jax.runtime.streams import printable
 
 NAMES = ["cat", "ship", "airplane", "dog"]
 
@@ -261,7 +262,7 @@ def test_a_full_disk_takes_the_row_back(tmp_path):
     script = """
 import resource, signal, sys
 from cifar_jax.records import MetricsLog
-from cifar_jax.errors import UserError
+from cifar_jax.runtime.errors import UserError
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 log = MetricsLog(sys.argv[1])
 log.append("window", step=0)

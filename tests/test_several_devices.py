@@ -9,9 +9,9 @@ import optax
 import pytest
 
 from cifar_jax import feed, hardware, parallel, resident
-from cifar_jax.clock import Clock, compile_seconds
 from cifar_jax.models.layers import Dense, Dropout
 from cifar_jax.resident import Placement
+from cifar_jax.runtime.timing import Clock, compile_seconds
 from cifar_jax.steps import create_state, eval_step, predict_step, train_step
 
 

@@ -12,11 +12,11 @@ from quick import jit
 
 from cifar_jax import averaging, feed, parallel, resident
 from cifar_jax.device_steps import shard_map_train_step
-from cifar_jax.errors import UserError
 from cifar_jax.models import MODELS
 from cifar_jax.models.layers import Dense, Dropout, Flatten
 from cifar_jax.optimizers import make_optimizer
 from cifar_jax.recipes import Recipe
+from cifar_jax.runtime.errors import UserError
 from cifar_jax.steps import (
     create_state,
     cross_entropy,

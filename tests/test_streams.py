@@ -10,14 +10,14 @@ import pytest
 from tiny_data import ROOT, command_environment, tiny, words
 
 from cifar_jax import train
-from cifar_jax.errors import run_command
-from cifar_jax.streams import json_text
+from cifar_jax.runtime.errors import run_command
+from cifar_jax.runtime.streams import json_text
 
 __all__ = ["tiny"]
 
 COMMAND = """
 import os, sys
-from cifar_jax.errors import UserError, run_command
+from cifar_jax.runtime.errors import UserError, run_command
 def main():
     for name in sys.argv[1:]:
         if name == "line":

@@ -12,8 +12,8 @@ from PIL import Image
 from tiny_data import small, tiny, words
 
 from cifar_jax import train
-from cifar_jax.errors import UserError, run_command
 from cifar_jax.recipes import RECIPES
+from cifar_jax.runtime.errors import UserError, run_command
 from experiments import axes, sweep
 
 __all__ = ["small", "tiny"]

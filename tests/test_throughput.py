@@ -11,7 +11,7 @@ torch = pytest.importorskip("torch", reason="the benchmark needs torch")
 
 from benchmarks import cases, sides, statistics, throughput, torch_side, worker  # noqa: E402
 from cifar_jax.datasets import Dataset, Split  # noqa: E402
-from cifar_jax.errors import UserError  # noqa: E402
+from cifar_jax.runtime.errors import UserError  # noqa: E402
 
 __all__ = ["tiny"]
 

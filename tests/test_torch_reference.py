@@ -14,8 +14,8 @@ torch = pytest.importorskip("torch", reason="the PyTorch reference needs torch")
 from benchmarks import torch_reference, torch_trainers  # noqa: E402
 from benchmarks.torch_models import MODELS, state_from_flax  # noqa: E402
 from benchmarks.torch_published import PublishedTrainer  # noqa: E402
-from cifar_jax.errors import UserError  # noqa: E402
 from cifar_jax.recipes import RECIPES  # noqa: E402
+from cifar_jax.runtime.errors import UserError  # noqa: E402
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PARAMETERS = {

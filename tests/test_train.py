@@ -41,8 +41,8 @@ from cifar_jax import (
     train,
 )
 from cifar_jax.datasets import load_dataset, shapes10
-from cifar_jax.errors import UserError
 from cifar_jax.recipes import RECIPES
+from cifar_jax.runtime.errors import UserError
 from cifar_jax.workdir import Config, read_config
 
 __all__ = ["complete", "small", "tiny"]

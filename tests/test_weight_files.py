@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from cifar_jax import weight_files
-from cifar_jax.errors import UserError
+from cifar_jax.runtime.errors import UserError
 
 torch = pytest.importorskip("torch", reason="needs PyTorch")
 

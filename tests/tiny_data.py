@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from cifar_jax import checkpoints, inference, train
+from cifar_jax import inference, restoring, train
 from cifar_jax.models import MODELS, make_model
 from cifar_jax.models.layers import ConvRelu, Dense, Dropout, Flatten
 from cifar_jax.records import read_metrics
@@ -127,7 +127,7 @@ def states_of(workdir: Path) -> dict[str, np.ndarray]:
     abstract = inference.abstract_payload(config, model)
     found = {}
     for which in ("latest", "best"):
-        restored = checkpoints.restore(workdir / "checkpoints", abstract, which=which)
+        restored = restoring.restore(workdir / "checkpoints", abstract, which=which)
         position = [restored.extra["epoch"], restored.extra["step"], restored.metric]
         found[which] = np.array([restored.step, *position], float)
         for path, leaf in jax.tree_util.tree_leaves_with_path(restored.state):
@@ -191,7 +191,7 @@ import json, os, sys
 import cifar_jax.train, cifar_jax.finish, cifar_jax.plots, cifar_jax.training
 import matplotlib.pyplot, orbax.checkpoint, optax, PIL.Image, tqdm
 import tiny_data
-from cifar_jax.errors import run_command
+from cifar_jax.runtime.errors import run_command
 tiny_data.MODELS["small"] = tiny_data.Small
 for line in sys.stdin:
     job = json.loads(line)

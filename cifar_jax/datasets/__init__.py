@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 
 from cifar_jax.datasets import cache, locate
-from cifar_jax.errors import UserError, nearest
-from cifar_jax.files import expanded
+from cifar_jax.runtime import errors
+from cifar_jax.runtime.errors import UserError, nearest
+from cifar_jax.runtime.files import expanded
 
 # Sets that `prepare` can make by itself.
 BUILT_IN = ("cifar10", "cifar100", "shapes10")
@@ -138,7 +139,7 @@ def load_dataset(
                     f"{prepared.name} in {directory} has no split {split!r}; it has {has}{hint}"
                 )
             if progress:
-                cache.notice(f"decoding {prepared.counts[split]:,} images of {name} {split}, once")
+                errors.notice(f"decoding {prepared.counts[split]:,} images of {name} {split}, once")
             cache.build(roots, entry_name, prepared, split, image_size, progress)
             found = cache.find(roots, entry_name)
             if found is None:

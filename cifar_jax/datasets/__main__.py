@@ -6,7 +6,7 @@ import sys
 
 from cifar_jax import cli, datasets
 from cifar_jax.datasets import locate
-from cifar_jax.errors import run_command
+from cifar_jax.runtime.errors import run_command
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from cifar_jax.errors import UserError
+from cifar_jax.runtime.errors import UserError
 
 _PIXELS = 3 * 32 * 32
 

@@ -11,8 +11,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from cifar_jax.errors import UserError, notice
-from cifar_jax.files import absolute
+from cifar_jax.runtime.errors import UserError, notice
+from cifar_jax.runtime.files import absolute
 
 _NAME = re.compile(
     r"(?P<name>[a-z][a-z0-9_]*)(/(?P<config>[\w.+-]+))?(:(?P<version>\d+\.\d+\.\d+))?"

@@ -14,10 +14,10 @@ from pathlib import Path
 from cifar_jax.datasets import BUILT_IN, locate
 from cifar_jax.datasets.archives import ARCHIVES, Arrays, read_archive
 from cifar_jax.datasets.cache import waiting
-from cifar_jax.download import Unreachable
-from cifar_jax.download import download as fetch
-from cifar_jax.errors import UserError, lookup, notice
-from cifar_jax.files import expanded, lock, make_folder
+from cifar_jax.runtime.download import Unreachable
+from cifar_jax.runtime.download import download as fetch
+from cifar_jax.runtime.errors import UserError, lookup, notice
+from cifar_jax.runtime.files import expanded, lock, make_folder
 
 
 def prepare(

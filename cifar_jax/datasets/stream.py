@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from cifar_jax.datasets import decode
-from cifar_jax.errors import UserError
+from cifar_jax.runtime.errors import UserError
 
 
 class RecordSource:

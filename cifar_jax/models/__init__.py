@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 import flax.linen as nn
 
-from cifar_jax.errors import UserError, lookup
 from cifar_jax.models.cnn import DeepCNN, DropoutCNN, TutorialCNN
 from cifar_jax.models.vgg import VGG, VGG11, VGG16, VGGBatchNorm
+from cifar_jax.runtime.errors import UserError, lookup
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "tutorial_cnn": TutorialCNN,

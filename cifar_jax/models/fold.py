@@ -36,7 +36,7 @@ import optax
 from jax import lax
 
 from cifar_jax import averaging
-from cifar_jax.errors import UserError
+from cifar_jax.runtime.errors import UserError
 
 SIDE = 7
 BLOCKS = SIDE * SIDE

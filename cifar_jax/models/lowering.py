@@ -20,11 +20,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from cifar_jax.errors import UserError, check_batched, nearest
 from cifar_jax.models import blocked, epilogue, winograd
 from cifar_jax.models.blocked import Blocked
 from cifar_jax.models.im2col import Geometry, im2col_conv
 from cifar_jax.models.winograd import winograd_conv
+from cifar_jax.runtime.errors import UserError, check_batched, nearest
 
 LOWERINGS = ("auto", "lax", "gemm", "winograd")
 # Below so many input channels the transforms of Winograd's form may cost more than its smaller

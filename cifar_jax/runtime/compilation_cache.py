@@ -11,8 +11,8 @@ from pathlib import Path
 
 import jax
 
-from cifar_jax.errors import in_command, notice
-from cifar_jax.files import user_cache
+from cifar_jax.runtime.errors import in_command, notice
+from cifar_jax.runtime.files import user_cache
 
 # What JAX warns of, once for each program (jax/_src/compiler.py of 0.10).
 _FAILED = re.compile(

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any, TextIO
 
-from cifar_jax.errors import ReaderLeft, UserError
+from cifar_jax.runtime.errors import ReaderLeft, UserError
 
 
 def printable(text: str, stream: TextIO | None) -> str:

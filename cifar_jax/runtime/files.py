@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from cifar_jax.errors import UserError, notice
+from cifar_jax.runtime.errors import UserError, notice
 
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _HELD = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)

@@ -11,7 +11,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-from cifar_jax.errors import UserError
+from cifar_jax.runtime.errors import UserError
 
 _BLOCK = 1 << 18
 

@@ -32,7 +32,7 @@ def environment() -> dict:
             "cifar_jax": __version__,
             **{name: _version(name) for name in packages},
         },
-        "commit": commit(Path(__file__).resolve().parent.parent),
+        "commit": commit(Path(__file__).resolve().parents[2]),
         "device": {
             "platform": device.platform,
             "kind": device.device_kind,

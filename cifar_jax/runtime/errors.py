@@ -94,7 +94,7 @@ def run_command(main: Callable[[], None]) -> int:
     shell has them, without a traceback. What was printed has reached stdout where it is 0.
     Anything that is not a `UserError` is a defect of ours and keeps its traceback.
     """
-    from cifar_jax.streams import standard_streams
+    from cifar_jax.runtime.streams import standard_streams
 
     global _running
     with standard_streams():

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import jax
 
-from cifar_jax.environment import peak_bytes
+from cifar_jax.runtime.environment import peak_bytes
 
 _COMPILING = (
     "/jax/core/compile/jaxpr_trace_duration",
