@@ -6,7 +6,7 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from cifar_jax import parallel, published, records, report
+from cifar_jax import parallel, recipes, records, report
 from cifar_jax import spread as spreads
 from cifar_jax.canvas import attempt
 from cifar_jax.members import folder_of
@@ -109,7 +109,7 @@ def finish(run: Run, groups: Groups, done: Sequence[Mapping], say: Print) -> dic
 
 def _published(run: Run) -> list[float]:
     config = run.config
-    return published.accuracies(config.recipe_name, config.recipe, config.dataset["name"])
+    return recipes.published_accuracies(config.recipe_name, config.recipe, config.dataset["name"])
 
 
 def results_text(summary: Mapping) -> str:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from cifar_jax import cli, train
 from cifar_jax.canvas import attempt
-from cifar_jax.published import PUBLISHED
+from cifar_jax.recipes import PUBLISHED
 from cifar_jax.records import to_json, write_summary
 from cifar_jax.runtime.errors import lookup, run_command
 from cifar_jax.spread import spread

@@ -13,16 +13,7 @@ import pytest
 from PIL import Image
 from tiny_data import SIZES, rows_of, small, states_of, summary_of, tiny, words
 
-from cifar_jax import (
-    convert,
-    evaluate,
-    group_size,
-    many_finish,
-    parallel,
-    predict,
-    published,
-    train,
-)
+from cifar_jax import convert, evaluate, group_size, many_finish, parallel, predict, recipes, train
 from cifar_jax.recipes import RECIPES
 from cifar_jax.run import Run
 from cifar_jax.runtime.errors import UserError, run_command
@@ -284,11 +275,14 @@ def test_other_seeds_are_another_run(group, tiny):
 
 def test_published_figures_are_those_of_the_unchanged_recipe():
     recipe = RECIPES["tutorial"]
-    assert published.accuracies("tutorial", recipe, "cifar10") == [55.0, 54.0]
-    assert published.accuracies("tutorial", recipe.replace(log_every=5), "cifar10") == [55.0, 54.0]
-    assert published.accuracies("tutorial", recipe.replace(epochs=3), "cifar10") == []
-    assert published.accuracies("tutorial", recipe, "shapes10") == []
-    assert published.accuracies("vgg11_bn", RECIPES["vgg11_bn"], "cifar10") == []
+    assert recipes.published_accuracies("tutorial", recipe, "cifar10") == [55.0, 54.0]
+    assert recipes.published_accuracies("tutorial", recipe.replace(log_every=5), "cifar10") == [
+        55.0,
+        54.0,
+    ]
+    assert recipes.published_accuracies("tutorial", recipe.replace(epochs=3), "cifar10") == []
+    assert recipes.published_accuracies("tutorial", recipe, "shapes10") == []
+    assert recipes.published_accuracies("vgg11_bn", RECIPES["vgg11_bn"], "cifar10") == []
 
 
 def test_in_a_thread_and_without_its_picture(group, tiny, tmp_path, monkeypatch):
