@@ -79,7 +79,7 @@ def test_stock_tfds_reads_what_we_prepare(tiny, tmp_path, name):
 def test_features_and_version_are_those_of_stock_tfds(tmp_path, name):
     import tensorflow_datasets as tfds
 
-    from cifar_jax.datasets.builders import BUILDERS
+    from cifar_jax.datasets.prepare import BUILDERS
 
     stock = tfds.builder_cls(name)(data_dir=tmp_path)
     ours = BUILDERS[name](data_dir=tmp_path)

@@ -22,7 +22,7 @@ from datasets_support import prepared as prepared
 from datasets_support import tiny as tiny
 
 from cifar_jax import datasets
-from cifar_jax.datasets import cache, decode, shapes10
+from cifar_jax.datasets import decode, decoded, shapes10
 from cifar_jax.datasets.prepare import prepare
 from cifar_jax.runtime.errors import UserError
 
@@ -67,8 +67,8 @@ class Terminal(io.StringIO):
 def test_a_bar_follows_the_decoding_on_a_terminal(stream, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "stderr", stream())
     order, shown = tmp_path / "order.npy", sys.stderr.getvalue
-    cache._reserve(order, (10,), "int64")
-    with cache._shown(order, 10, progress=True):
+    decoded._reserve(order, (10,), "int64")
+    with decoded._shown(order, 10, progress=True):
         np.load(order, mmap_mode="r+")[:5] = range(5)
         deadline = time.monotonic() + 60
         while sys.stderr.isatty() and "50%" not in shown() and time.monotonic() < deadline:
@@ -157,7 +157,7 @@ def test_a_full_disk_is_one_clear_error_and_leaves_nothing(prepared, monkeypatch
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(cache.os, "posix_fallocate", full, raising=False)
+    monkeypatch.setattr(decoded.os, "posix_fallocate", full, raising=False)
     with pytest.raises(UserError, match=r"No space left on device"):
         load(data_dir=prepared[0])
     assert entries(prepared[0] / "cifar10" / "3.0.2" / "cifar_jax_cache") == []

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from cifar_jax import convert, evaluate, export, predict, pretrained, train
-from cifar_jax.datasets import cache, locate
+from cifar_jax.datasets import decoded, locate
 from cifar_jax.runtime import files
 from cifar_jax.runtime.errors import UserError
 from cifar_jax.workdir import open_workdir
@@ -74,7 +74,7 @@ def test_a_current_folder_that_was_deleted_is_missed_by_relative_paths_alone(tmp
 
 def test_what_needs_no_home_does_not_ask_for_it(without_home, tmp_path, monkeypatch):
     assert locate.search_dirs(tmp_path) == [tmp_path]
-    assert cache.cache_roots(tmp_path / "s/1.0.0", None) == [tmp_path / "s/1.0.0/cifar_jax_cache"]
+    assert decoded.cache_roots(tmp_path / "s/1.0.0", None) == [tmp_path / "s/1.0.0/cifar_jax_cache"]
     for ask in (lambda: locate.search_dirs(None), pretrained.cache_dir):
         with pytest.raises(UserError, match="no home directory is known; set HOME"):
             ask()

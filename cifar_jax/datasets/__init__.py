@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from cifar_jax.datasets import cache, locate
+from cifar_jax.datasets import decoded, locate
 from cifar_jax.runtime import errors
 from cifar_jax.runtime.errors import UserError, nearest
 from cifar_jax.runtime.files import expanded
@@ -120,7 +120,7 @@ def load_dataset(
     directory = _directory(name, data_dir, archive, download, url, progress)
     if test_fraction:
         _check_test_fraction(directory, test_fraction)
-    roots = cache.cache_roots(directory, cache_dir)
+    roots = decoded.cache_roots(directory, cache_dir)
     try:
         key = locate.set_key(directory)
     except OSError as error:
@@ -128,8 +128,8 @@ def load_dataset(
     prepared, loaded, meta = None, {}, None
     stored = ["train" if test_fraction and split == "test" else split for split in splits]
     for split in dict.fromkeys(stored):
-        entry_name = cache.entry_name(split, image_size, key)
-        found = cache.find(roots, entry_name)
+        entry_name = decoded.entry_name(split, image_size, key)
+        found = decoded.find(roots, entry_name)
         if found is None:
             prepared = prepared or locate.inspect(directory)
             if prepared.counts.get(split, 0) == 0:
@@ -140,8 +140,8 @@ def load_dataset(
                 )
             if progress:
                 errors.notice(f"decoding {prepared.counts[split]:,} images of {name} {split}, once")
-            cache.build(roots, entry_name, prepared, split, image_size, progress)
-            found = cache.find(roots, entry_name)
+            decoded.build(roots, entry_name, prepared, split, image_size, progress)
+            found = decoded.find(roots, entry_name)
             if found is None:
                 raise UserError(f"the decoded images of {directory} vanished while being read")
         entry, arrays, meta = found
@@ -259,7 +259,7 @@ def _holds(name: str, root: Path, arrays) -> bool:
     held = load_dataset(name, data_dir=root, splits=list(arrays.images))
     return all(
         split.fingerprint
-        == cache.fingerprint(names, arrays.images[key], arrays.labels[key]["label"])
+        == decoded.fingerprint(names, arrays.images[key], arrays.labels[key]["label"])
         for key, split in held.splits.items()
     )
 
