@@ -19,7 +19,7 @@ import numpy as np
 
 from cifar_jax import steps
 from cifar_jax.models import make_model
-from cifar_jax.models.lowering import LOWERINGS, cpu_compiler_options
+from cifar_jax.ops.convolution import LOWERINGS, cpu_compiler_options
 from cifar_jax.optimizers import make_optimizer
 from cifar_jax.recipes import RECIPES
 

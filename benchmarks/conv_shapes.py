@@ -20,8 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import results
-from cifar_jax.models import blocked
-from cifar_jax.models.lowering import choose, convolve, cpu_compiler_options
+from cifar_jax.ops import layout
+from cifar_jax.ops.convolution import choose, convolve, cpu_compiler_options
 from cifar_jax.runtime.errors import UserError, run_command
 
 FORMS = ("lax", "gemm", "winograd")
@@ -58,7 +58,7 @@ def program(shape: tuple, batch: int, form: str):
     keys = jax.random.split(jax.random.key(0), 4)
     x = jax.random.normal(keys[0], (batch, size, size, channels), jnp.float32)
     if form != "lax":
-        x = blocked.to_blocked(
+        x = layout.to_blocked(
             x, choose(form, kernel_size, channels, (out_size(shape),) * 2, pool)[1]
         )
     scale = float(np.sqrt(2 / (kernel_size**2 * channels)))

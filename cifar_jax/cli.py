@@ -249,7 +249,7 @@ def start_device(options: argparse.Namespace, recipe: Recipe | None = None) -> N
         many as this recipe is fastest with.
     """
     from cifar_jax import from_recipe, hardware
-    from cifar_jax.models.lowering import LOWERINGS
+    from cifar_jax.ops.convolution import LOWERINGS
     from cifar_jax.runtime import compilation_cache
 
     if options.conv not in LOWERINGS:

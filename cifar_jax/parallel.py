@@ -178,9 +178,9 @@ def compiler_options(remat: bool = False) -> dict[str, Any]:
     XLA:CPU drops the barriers around what `jax.checkpoint` computes again, and then finds that it
     has it already: with `remat` they are kept.
     """
-    from cifar_jax.models import lowering
+    from cifar_jax.ops import convolution
 
-    options = lowering.cpu_compiler_options()
+    options = convolution.cpu_compiler_options()
     if remat and jax.default_backend() == "cpu":
         options["xla_disable_hlo_passes"] = "cse_barrier_expander"
     return options

@@ -9,7 +9,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from cifar_jax import hardware
-from cifar_jax.all_reduce import TOGETHER, sum_over
+from cifar_jax.ops.all_reduce import TOGETHER, sum_over
 
 AXIS = hardware.AXIS
 

@@ -9,10 +9,11 @@ import optax
 import pytest
 from quick import jit
 
-from cifar_jax import averaging, feed, inference, initial, steps, weight_files
+from cifar_jax import feed, inference, initial, steps, weight_files
 from cifar_jax.models import fold
 from cifar_jax.models.fold import mean_of_normal_blocks, normal_blocks
 from cifar_jax.models.vgg import VGG
+from cifar_jax.ops import averaging
 from cifar_jax.optimizers import make_optimizer
 from cifar_jax.recipes import Recipe
 from cifar_jax.runtime.errors import UserError

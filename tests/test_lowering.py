@@ -10,9 +10,10 @@ from jax import lax
 from jax.sharding import PartitionSpec
 from quick import jit
 
-from cifar_jax.models import blocked, epilogue, make_model, winograd
-from cifar_jax.models.im2col import Geometry
-from cifar_jax.models.lowering import choose, convolve, cpu_compiler_options, to_images
+from cifar_jax.models import make_model
+from cifar_jax.ops import layout, pool, winograd
+from cifar_jax.ops.convolution import choose, convolve, cpu_compiler_options, to_images
+from cifar_jax.ops.im2col import Geometry
 from cifar_jax.runtime.errors import UserError
 
 # batch, height, width, channels, features, kernel, padding, pool
@@ -118,10 +119,10 @@ def test_mixed_is_winograd_without_a_gradient_and_gemm_with_one():
 
     # F(2, 5), on the blocks that `gemm` takes too.
     def two_by_two(x, kernel, bias):
-        phases = blocked.to_blocked(x, 2)
+        phases = layout.to_blocked(x, 2)
         g = Geometry(2, 5, 0, 3, 14, 14, phases.tiles, True)
         y = winograd.winograd_conv(phases.phases, kernel, g)
-        return to_images(blocked.Blocked(epilogue.bias_relu_pool(y, bias), 3, 5, 5))
+        return to_images(layout.Blocked(pool.bias_relu_pool(y, bias), 3, 5, 5))
 
     got, want = (jit(f)(x, kernel, bias) for f in (forward("auto"), two_by_two))
     np.testing.assert_array_equal(got, want)
@@ -350,5 +351,5 @@ def test_a_stage_is_one_call():
     """What is written out at once is the stage, not each `jnp.where` inside it: on a CPU those
     were loops of their own, and a step of dropout_cnn 5 % slower."""
     y, bias = _arrays(10, (2, 2, 3, 4, 5), (3,), dtype=np.float32)
-    both = jit(jax.grad(lambda *a: epilogue.bias_relu_pool(*a).sum(), argnums=(0, 1)))
+    both = jit(jax.grad(lambda *a: pool.bias_relu_pool(*a).sum(), argnums=(0, 1)))
     assert both.lower(y, bias).as_text().count("inlineable") == 2  # forward, backward

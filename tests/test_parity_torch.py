@@ -18,7 +18,7 @@ torch = pytest.importorskip("torch", reason="parity is checked against PyTorch")
 from benchmarks.torch_models import MODELS as TORCH_MODELS  # noqa: E402
 from cifar_jax.augment import NORMALIZATIONS  # noqa: E402
 from cifar_jax.models import MODELS  # noqa: E402
-from cifar_jax.models.lowering import LOWERINGS  # noqa: E402
+from cifar_jax.ops.convolution import LOWERINGS  # noqa: E402
 from cifar_jax.optimizers import make_optimizer  # noqa: E402
 from cifar_jax.parallel import compiler_options  # noqa: E402
 from cifar_jax.recipes import RECIPES, Recipe  # noqa: E402

@@ -10,10 +10,11 @@ import optax
 import pytest
 from quick import jit
 
-from cifar_jax import averaging, feed, parallel, resident
+from cifar_jax import feed, parallel, resident
 from cifar_jax.device_steps import shard_map_train_step
 from cifar_jax.models import MODELS
 from cifar_jax.models.layers import Dense, Dropout, Flatten
+from cifar_jax.ops import averaging
 from cifar_jax.optimizers import make_optimizer
 from cifar_jax.recipes import Recipe
 from cifar_jax.runtime.errors import UserError

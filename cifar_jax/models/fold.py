@@ -35,7 +35,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from cifar_jax import averaging
+from cifar_jax.ops import averaging
 from cifar_jax.runtime.errors import UserError
 
 SIDE = 7

@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from cifar_jax.models import blocked, lowering
-from cifar_jax.models.blocked import Blocked
 from cifar_jax.models.dropout import BY_EXAMPLE, dropout_mask
+from cifar_jax.ops import convolution, layout
+from cifar_jax.ops.layout import Blocked
 
 
 def torch_uniform(fan_in: int):
@@ -62,7 +62,7 @@ class ConvRelu(nn.Module):
     """Convolution, bias, relu and, with `pool`, a 2x2 max pool of stride 2.
 
     Input [N, H, W, C] float or `Blocked`; output [N, H', W', features], or `Blocked` from the
-    CPU lowerings (`lowering.py`). Parameters: `kernel` [k, k, C, features] (HWIO) and `bias`
+    CPU lowerings (`ops/convolution.py`). Parameters: `kernel` [k, k, C, features] (HWIO) and `bias`
     [features].
     """
 
@@ -81,7 +81,7 @@ class ConvRelu(nn.Module):
         shape = (k, k, channels, self.features)
         kernel = self.param("kernel", self.kernel_init or init, shape)
         bias = self.param("bias", self.bias_init or init, (self.features,))
-        return lowering.convolve(
+        return convolution.convolve(
             x, kernel, bias, padding=self.padding, pool=self.pool, lowering=self.lowering
         )
 
@@ -107,8 +107,8 @@ class Conv(nn.Module):
         init = torch_uniform(k * k * channels)
         shape = (k, k, channels, self.features)
         kernel = self.param("kernel", self.kernel_init or init, shape)
-        x = lowering.convolve(x, kernel, padding=self.padding, lowering=self.lowering)
-        x = lowering.to_images(x)
+        x = convolution.convolve(x, kernel, padding=self.padding, lowering=self.lowering)
+        x = convolution.to_images(x)
         if not self.use_bias:
             return x
         bias = self.param("bias", self.bias_init or init, (self.features,))
@@ -122,7 +122,7 @@ def max_pool(x: jax.Array) -> jax.Array:
       UserError: images smaller than the pool.
     """
     if min(x.shape[1:3]) < 2:
-        raise lowering.too_small(x.shape[1:3], "a 2x2 pool")
+        raise convolution.too_small(x.shape[1:3], "a 2x2 pool")
     # Flax's name for it, by keyword: jax2onnx (`export.py`) gets a bare `reduce_window` wrong.
     return nn.max_pool(x, window_shape=(2, 2), strides=(2, 2))
 
@@ -189,7 +189,7 @@ class Flatten(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array | Blocked) -> jax.Array:
-        return blocked.flatten(x) if isinstance(x, Blocked) else x.reshape(x.shape[0], -1)
+        return layout.flatten(x) if isinstance(x, Blocked) else x.reshape(x.shape[0], -1)
 
 
 class Dense(nn.Module):

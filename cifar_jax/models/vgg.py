@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cifar_jax.models import lowering
 from cifar_jax.models.fold import SIDE, RepeatedDense, normal_blocks
 from cifar_jax.models.layers import (
     BatchNorm,
@@ -26,6 +25,7 @@ from cifar_jax.models.layers import (
     kaiming_normal,
     max_pool,
 )
+from cifar_jax.ops import convolution
 
 # Channels of the 3x3 convolutions, "M" for a 2x2 max pool; the paper's configurations A and D.
 VGG11 = (64, "M", 128, "M", 256, 256, "M", 512, 512, "M", 512, 512, "M")
@@ -86,7 +86,7 @@ class VGG(nn.Module):
         def layer(module, x, position, features, pool):
             return _convolution(ConvRelu, module, position, features, pool=pool)(x)
 
-        x = lowering.to_images(_features(self, x, layer, modules=2))
+        x = convolution.to_images(_features(self, x, layer, modules=2))
         if x.shape[1:3] == (1, 1):
             first = RepeatedDense(self.hidden, LINEAR_STDDEV, self.fold, name="classifier_0")
         else:

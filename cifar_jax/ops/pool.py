@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from cifar_jax.models.blocked import materialize
+from cifar_jax.ops.layout import materialize
 
 # Numbers from which adding them up for the bias gradient is faster as a product with ones, which
 # runs on all cores, than as a sum. Two AVX-512 cores: the layers of b4, b16 and b20 prefer the

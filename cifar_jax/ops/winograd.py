@@ -14,12 +14,12 @@ In two dimensions the transforms are applied along both directions, and summing 
 turns the n*n products of numbers into n*n products of matrices over all tiles at once:
 
     U [n*n, C, F] = (G kron G) W        W [k*k, C, F]
-    V [n*n, C, L] = B^T d B             d: n x n slabs of the phases (`blocked.cut`), L tiles
+    V [n*n, C, L] = B^T d B             d: n x n slabs of the phases (`layout.cut`), L tiles
     M [n*n, F, L] = U^T V               one batched product
     y [m, m, F, L] = A^T M A
 
 and the gradients are the same maps transposed: D = A dy A^T, dU = V D^T, dV = U D,
-dW = (G kron G)^T dU, and dx adds the slabs of B dV B^T back (`blocked.uncut`).
+dW = (G kron G)^T dU, and dx adds the slabs of B dV B^T back (`layout.uncut`).
 
 With at most `SUM_CHANNELS` channels, as of images, M is summed up in one loop instead.
 
@@ -44,8 +44,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from cifar_jax.models.blocked import barrier, cut, materialize
-from cifar_jax.models.im2col import (
+from cifar_jax.ops.im2col import (
     Geometry,
     correlate,
     first_stage,
@@ -53,6 +52,7 @@ from cifar_jax.models.im2col import (
     unstack_columns,
     unstack_rows,
 )
+from cifar_jax.ops.layout import barrier, cut, materialize
 
 # Interpolation points (and infinity) for each n = m + k - 1: small numbers and their inverses
 # keep the matrices' entries, and with them the rounding, small.

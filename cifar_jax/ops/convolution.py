@@ -1,8 +1,8 @@
 """How a convolution is computed: the choice of lowering, and the one function behind all.
 
 - `lax`: `lax.conv_general_dilated`, NHWC/HWIO. The choice on GPU and TPU.
-- `gemm`: patches and one matrix product over blocks (`im2col.py`).
-- `winograd`: Winograd's minimal filtering as batched matrix products (`winograd.py`) for
+- `gemm`: patches and one matrix product over blocks (`ops/im2col.py`).
+- `winograd`: Winograd's minimal filtering as batched matrix products (`ops/winograd.py`) for
   kernels of 3 and 5; other kernels take the `gemm` form.
 - `auto`: by backend and shape, from `choose`; `mixed` is its own, `winograd` where no gradient is
   taken and `gemm` where one is.
@@ -20,10 +20,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from cifar_jax.models import blocked, epilogue, winograd
-from cifar_jax.models.blocked import Blocked
-from cifar_jax.models.im2col import Geometry, im2col_conv
-from cifar_jax.models.winograd import winograd_conv
+from cifar_jax.ops import layout, winograd
+from cifar_jax.ops import pool as pool_ops
+from cifar_jax.ops.im2col import Geometry, im2col_conv
+from cifar_jax.ops.layout import Blocked
+from cifar_jax.ops.winograd import winograd_conv
 from cifar_jax.runtime.errors import UserError, check_batched, nearest
 
 LOWERINGS = ("auto", "lax", "gemm", "winograd")
@@ -31,7 +32,8 @@ LOWERINGS = ("auto", "lax", "gemm", "winograd")
 # products save. Two AVX-512 cores, whole programs in turn, `winograd` against `gemm`:
 #   3x3 on 3 channels (dropout_cnn): training b20 0.95x, b128 0.87x, evaluation 0.94 to 1.12x;
 #   5x5 on 3 channels: training tutorial b4 1.1x, adam b128 1.2x, deep 1.07x, evaluation of
-#     tutorial_cnn 1.2 to 1.4x, of deep_cnn 1.2x (with sums in place of products, `winograd.py`);
+#     tutorial_cnn 1.2 to 1.4x, of deep_cnn 1.2x (with sums in place of products,
+# `ops/winograd.py`);
 #   5x5 on 6 channels: training tutorial b4 0.84x, adam b128 1.0x, evaluation 1.15x.
 # From 10 channels on `winograd` is faster throughout.
 WINOGRAD_FROM_CHANNELS = 8
@@ -138,7 +140,7 @@ def too_small(size: tuple[int, ...], what: str) -> UserError:
 
 def to_images(x: jax.Array | Blocked) -> jax.Array:
     """[N, H, W, C] of either form."""
-    return blocked.to_images(x) if isinstance(x, Blocked) else x
+    return layout.to_images(x) if isinstance(x, Blocked) else x
 
 
 def _lax(x, kernel, bias, padding, pool):
@@ -160,9 +162,9 @@ def _lax(x, kernel, bias, padding, pool):
 
 def _blocks(x, kernel, bias, padding, pool, form, block):
     fresh = not isinstance(x, Blocked)
-    x = blocked.to_blocked(x, block) if fresh else blocked.reblock(x, block)
+    x = layout.to_blocked(x, block) if fresh else layout.reblock(x, block)
     if padding:
-        x = blocked.clear_overhang(x)
+        x = layout.clear_overhang(x)
     g = Geometry(block, kernel.shape[0], padding, x.batch, x.height, x.width, x.tiles, fresh)
     given = x.phases.dtype
     phases = x.phases.astype(jnp.float32 if given.itemsize < 4 else given)
@@ -172,9 +174,9 @@ def _blocks(x, kernel, bias, padding, pool, form, block):
     if bias is not None:
         bias = _like(bias.astype(given).astype(phases.dtype), phases)
         if pool:
-            y, height, width = epilogue.bias_relu_pool(y, bias), height // 2, width // 2
+            y, height, width = pool_ops.bias_relu_pool(y, bias), height // 2, width // 2
         else:
-            y = epilogue.bias_relu(y, bias)
+            y = pool_ops.bias_relu(y, bias)
     return Blocked(y.astype(given), x.batch, height, width)
 
 

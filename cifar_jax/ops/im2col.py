@@ -1,7 +1,7 @@
 """Convolution as one matrix product over blocks of P x P outputs, with its gradients by hand.
 
 A block of P x P outputs reads n x n inputs, n = P + k - 1. With the images in phases
-(`blocked.py`) the patches V are made in two stages of slabs: first the n columns, then the n
+(`ops/layout.py`) the patches V are made in two stages of slabs: first the n columns, then the n
 rows,
 
     V [n*n*C, L],   L = h' * w' * N blocks,
@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from cifar_jax.models.blocked import barrier, cut, materialize, uncut
+from cifar_jax.ops.layout import barrier, cut, materialize, uncut
 
 
 @dataclasses.dataclass(frozen=True)
