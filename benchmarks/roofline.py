@@ -63,8 +63,8 @@ def machine_rates(side: int = 2048, copied: int = 1 << 28) -> dict[str, float]:
 
 def work(case: Case) -> dict[str, float]:
     """Returns {"flops", "bytes"} of one training step, as the module's docstring counts them."""
-    from cifar_jax.model_summary import summarise
     from cifar_jax.models import make_model
+    from cifar_jax.models.layer_table import summarise
 
     recipe = case.settings()
     layers = [row for row in summarise(make_model(recipe.model, 10)) if row.flops]

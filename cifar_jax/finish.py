@@ -20,8 +20,8 @@ from cifar_jax import (
     together,
 )
 from cifar_jax.canvas import attempt
-from cifar_jax.model_summary import format_table, summarise
 from cifar_jax.models import fold
+from cifar_jax.models.layer_table import format_table, summarise
 from cifar_jax.recipes import Recipe
 from cifar_jax.run import Run
 from cifar_jax.runs import Print

@@ -21,7 +21,7 @@ from jax import lax
 from cifar_jax import augment as augmentations
 from cifar_jax import layer_groups
 from cifar_jax.accumulate import over_parts
-from cifar_jax.models.dropout import BY_EXAMPLE
+from cifar_jax.models.layers import BY_EXAMPLE
 from cifar_jax.ops import averaging
 from cifar_jax.ops.all_reduce import sum_over
 from cifar_jax.runtime.errors import check_batched

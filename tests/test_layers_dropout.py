@@ -12,8 +12,7 @@ import pytest
 from quick import jit
 
 from cifar_jax.device_steps import pmap_train_step, shard_map_train_step
-from cifar_jax.models.dropout import dropout_mask, random_words
-from cifar_jax.models.layers import Dropout
+from cifar_jax.models.layers import Dropout, dropout_mask, random_words
 from cifar_jax.steps import create_state, train_step
 
 SHAPE = (64, 1024)

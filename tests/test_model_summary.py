@@ -5,8 +5,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from cifar_jax.model_summary import format_table, summarise
 from cifar_jax.models import MODELS, make_model
+from cifar_jax.models.layer_table import format_table, summarise
 
 PARAMETERS = {"tutorial_cnn": 62_006, "deep_cnn": 895_120, "dropout_cnn": 541_094}
 
