@@ -17,7 +17,6 @@ from cifar_jax import (
     feed,
     from_recipe,
     hardware,
-    layer_groups,
     manifests,
     optimizers,
     parallel,
@@ -119,7 +118,7 @@ def unfolded(trained: Trained) -> dict[str, Any]:
     if not fold.is_folded(params):
         return trained.variables
     recipe, shrunk = config.recipe, 1.0
-    frozen = any(layer_groups.matches(fold.LAYER, prefix) for prefix in recipe.freeze)
+    frozen = any(optimizers.layer_matches(fold.LAYER, prefix) for prefix in recipe.freeze)
     if recipe.weight_decay and not frozen:
         optimizer = optimizers.make_optimizer(recipe, config.steps_per_epoch)
         shrunk = fold.spread(optimizer, trained.step, recipe.ema_decay)

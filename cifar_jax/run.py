@@ -10,16 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from cifar_jax import (
-    augment,
-    feed,
-    from_recipe,
-    hardware,
-    layer_groups,
-    parallel,
-    resident,
-    steps,
-)
+from cifar_jax import augment, feed, from_recipe, hardware, optimizers, parallel, resident, steps
 from cifar_jax.datasets import Dataset
 from cifar_jax.models import model_of
 from cifar_jax.resident import Placement
@@ -123,7 +114,7 @@ def make_run(config: Config, dataset: Dataset, options: Options, clock: Clock) -
     image_shape = dataset.splits["train"].images.shape[1:]
     create = from_recipe.state_maker(recipe, model, config.steps_per_epoch, image_shape)
     shapes = jax.eval_shape(create, keys["state"])
-    layer_groups.check_groups(shapes.params, recipe.freeze, recipe.rate_scales)
+    optimizers.check_groups(shapes.params, recipe.freeze, recipe.rate_scales)
     step = from_recipe.step_of(recipe, model, config.steps_per_epoch)
     weights = steps.parameter_count(shapes.params)
     mesh, eval_mesh = (

@@ -19,8 +19,7 @@ from flax import struct
 from jax import lax
 
 from cifar_jax import augment as augmentations
-from cifar_jax import layer_groups
-from cifar_jax.accumulate import over_parts
+from cifar_jax import optimizers
 from cifar_jax.models.layers import BY_EXAMPLE
 from cifar_jax.ops import averaging
 from cifar_jax.ops.all_reduce import sum_over
@@ -83,7 +82,7 @@ def create_state(
         step=jnp.zeros((), jnp.int32),
         params=params,
         batch_stats=batch_stats,
-        opt_state=optimizer.init(layer_groups.split(params, freeze)[0]),
+        opt_state=optimizer.init(optimizers.split_frozen(params, freeze)[0]),
         key=run_key,
         ema_params=jax.tree.map(jnp.copy, params) if ema else None,
         ema_batch_stats=jax.tree.map(jnp.copy, batch_stats) if ema else None,
@@ -178,7 +177,7 @@ def train_step(
       freeze: as given to `create_state`. Batch normalisation in a frozen layer goes on with the
         batch's statistics and updates the running ones, as under PyTorch's `requires_grad_(False)`.
       accumulate: parts the batch is cut into, one after another: the same step in less memory
-        (`accumulate.over_parts`).
+        (`steps.over_parts`).
       axis_name: under pmap or shard_map, the axis the batch is split over: gradients, metrics
         and random draws are then those of the global batch.
 
@@ -200,7 +199,7 @@ def train_step(
         params = lax.pcast(params, axis_name, to="varying")
         if hasattr(model, "axis_name"):  # normalises over the batch
             model = model.clone(axis_name=axis_name)
-    trained, frozen = layer_groups.split(params, freeze)
+    trained, frozen = optimizers.split_frozen(params, freeze)
     mask = _mask(batch)
 
     def gradients(batch, batch_stats, first_example):
@@ -215,7 +214,7 @@ def train_step(
         def loss_fn(trained):
             logits, updates = model.apply(
                 {
-                    "params": layer_groups.merge(trained, frozen),
+                    "params": optimizers.merge_frozen(trained, frozen),
                     "batch_stats": batch_stats,
                     "position": {"first_example": first_example, "mask": batch["mask"]},
                 },
@@ -245,19 +244,19 @@ def train_step(
         batch_stats = jax.tree.map(lambda s: s / lax.axis_size(axis_name), batch_stats)
     count = jnp.maximum(sums["count"], 1)
     grads = jax.tree.map(lambda g: g / count.astype(g.dtype), grads)
-    trained, frozen = layer_groups.split(state.params, freeze)
+    trained, frozen = optimizers.split_frozen(state.params, freeze)
     updates, opt_state = optax.with_extra_args_support(optimizer).update(
         grads, state.opt_state, trained, value=sums["loss"] / count
     )
     trained = optax.apply_updates(trained, updates)
     ema_params, ema_batch_stats = state.ema_params, state.ema_batch_stats
     if ema_params is not None:
-        averages = layer_groups.split(ema_params, freeze)[0], ema_batch_stats
+        averages = optimizers.split_frozen(ema_params, freeze)[0], ema_batch_stats
         averages = averaging.moved(averages, (trained, batch_stats), ema_decay, state.step)
-        ema_params, ema_batch_stats = layer_groups.merge(averages[0], frozen), averages[1]
+        ema_params, ema_batch_stats = optimizers.merge_frozen(averages[0], frozen), averages[1]
     state = state.replace(
         step=state.step + 1,
-        params=layer_groups.merge(trained, frozen),
+        params=optimizers.merge_frozen(trained, frozen),
         batch_stats=batch_stats,
         opt_state=opt_state,
         ema_params=ema_params,
@@ -308,3 +307,53 @@ def eval_step(
     is_taken = logits.argmax(axis=-1)[:, None] == classes[None]
     sums["confusion"] = (is_true[:, :, None] & is_taken[:, None, :]).sum(axis=0, dtype=jnp.int32)
     return sums if axis_name is None else lax.psum(sums, axis_name)
+
+
+# A batch's gradient as the sum over parts of it, one at a time: activations of one part only.
+
+
+def over_parts(
+    gradients: Callable[..., tuple[Any, Any]],
+    batch: dict[str, jax.Array],
+    parts: int,
+    batch_stats: Any,
+    first_example: jax.Array,
+    axis_name: str | None = None,
+) -> tuple[Any, Any]:
+    """Adds up `gradients` over a batch cut into `parts` of equal length.
+
+    A batch that does not divide is padded and masked. Batch normalisation sees a part at a time
+    and its running statistics go from part to part, as when PyTorch accumulates.
+
+    Args:
+      gradients: `(part, batch_stats, first_example) -> (sums, batch_stats)`; `sums` is any tree
+        that adds up over parts, and `first_example` the part's position in the global batch.
+      batch: arrays [B, ...] with a float `mask` [B].
+      batch_stats, first_example: of the whole batch.
+      axis_name: as in `train_step`.
+
+    Returns:
+      (sums over the batch, batch_stats after its last part).
+    """
+    size = batch["mask"].shape[0]
+    length = -(-size // parts)
+    parts = -(-size // length)
+
+    def cut(x):
+        padding = [(0, parts * length - size)] + [(0, 0)] * (x.ndim - 1)
+        return jnp.pad(x, padding).reshape(parts, length, *x.shape[1:])
+
+    pieces = jax.tree.map(cut, batch)
+    firsts = first_example + length * jnp.arange(parts, dtype=jnp.int32)
+
+    def body(carry, piece_and_first):
+        (totals, stats), (piece, first) = carry, piece_and_first
+        sums, stats = gradients(piece, stats, first)
+        return (jax.tree.map(jnp.add, totals, sums), stats), None
+
+    one = jax.tree.map(lambda x: x[0], pieces)
+    shapes = jax.eval_shape(gradients, one, batch_stats, firsts[0])[0]
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    if axis_name is not None:  # a scan's carry must be marked the same before and after
+        zeros, batch_stats = lax.pcast((zeros, batch_stats), axis_name, to="varying")
+    return lax.scan(body, (zeros, batch_stats), (pieces, firsts))[0]

@@ -11,7 +11,7 @@ import pytest
 from quick import jit
 from tiny_data import tiny, words
 
-from cifar_jax import augment, evaluate, feed, from_recipe, inference, layer_groups, parallel, train
+from cifar_jax import augment, evaluate, feed, from_recipe, inference, optimizers, parallel, train
 from cifar_jax.models.layers import Dense, Dropout, Flatten
 from cifar_jax.optimizers import make_optimizer
 from cifar_jax.recipes import Recipe
@@ -77,20 +77,20 @@ def assert_close(a, b, **tolerance):
 
 
 def test_a_prefix_takes_numbers_whole():
-    assert layer_groups.matches("conv12", "conv")
-    assert layer_groups.matches("features_10", "features")
-    assert layer_groups.matches("block1/conv2", "block1")
-    assert not layer_groups.matches("features_10", "features_1")
-    assert not layer_groups.matches("conv1", "onv")
+    assert optimizers.layer_matches("conv12", "conv")
+    assert optimizers.layer_matches("features_10", "features")
+    assert optimizers.layer_matches("block1/conv2", "block1")
+    assert not optimizers.layer_matches("features_10", "features_1")
+    assert not optimizers.layer_matches("conv1", "onv")
 
 
 def test_splitting_and_merging():
     params = {"a1": {"kernel": 1, "bias": 2}, "a10": {"kernel": 3}, "b": {"c": {"kernel": 4}}}
-    trained, frozen = layer_groups.split(params, ("a1", "b/c"))
+    trained, frozen = optimizers.split_frozen(params, ("a1", "b/c"))
     assert trained == {"a10": {"kernel": 3}}
     assert frozen == {"a1": {"kernel": 1, "bias": 2}, "b": {"c": {"kernel": 4}}}
-    assert layer_groups.merge(trained, frozen) == params
-    assert layer_groups.layer_names(params) == ["a1", "a10", "b/c"]
+    assert optimizers.merge_frozen(trained, frozen) == params
+    assert optimizers.layer_names(params) == ["a1", "a10", "b/c"]
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_splitting_and_merging():
 def test_prefixes_are_looked_at(freeze, rated, words):
     params = {"features_1": {"kernel": 0}, "features_10": {"kernel": 0}}
     with pytest.raises(UserError, match=words):
-        layer_groups.check_groups(params, freeze, rated)
+        optimizers.check_groups(params, freeze, rated)
 
 
 @pytest.mark.parametrize(
