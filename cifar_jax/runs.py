@@ -22,7 +22,7 @@ from cifar_jax import (
     steps,
     together,
 )
-from cifar_jax.datasets import record_source
+from cifar_jax.datasets.stream import record_source
 from cifar_jax.resident import Examples, Placement
 from cifar_jax.run import Run
 

@@ -143,7 +143,7 @@ def test_stream_equals_resident(start, length):
 
 
 def test_stream_of_real_images_equals_resident(cifar10):
-    from cifar_jax.datasets import record_source
+    from cifar_jax.datasets.stream import record_source
 
     split = cifar10.splits["train"]
     positions = feed.split_indices(jax.random.key(1), len(split), 0.2)[0]

@@ -266,17 +266,3 @@ def _holds(name: str, root: Path, arrays) -> bool:
 
 def _within(root: Path) -> list[Path]:
     return list(locate.list_prepared([root]))
-
-
-def record_source(split: Split):
-    """Returns a random-access source over the set's ArrayRecord files, in `split`'s order.
-
-    `source[i]` is `{"image": uint8 [S, S, 3], "label": int32}`, decoded anew from its record:
-    equal to `split.images[i]` and `split.labels[i]`. It can be pickled, and read by threads.
-
-    Raises:
-      UserError: the set is not in ArrayRecord format.
-    """
-    from cifar_jax.datasets.stream import RecordSource
-
-    return RecordSource(split.entry, split.positions)

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 
-from cifar_jax.datasets import decode
+from cifar_jax.datasets import Split, decode
 from cifar_jax.runtime.errors import UserError
 
 
 class RecordSource:
-    """A `grain` source: `len(source)` and `source[i]` (see `datasets.record_source`)."""
+    """A `grain` source: `len(source)` and `source[i]` (see `stream.record_source`)."""
 
     def __init__(self, entry: Path, positions: np.ndarray | None = None):
         meta = json.loads((entry / "meta.json").read_text())
@@ -38,3 +38,16 @@ class RecordSource:
 
     def __repr__(self) -> str:
         return f"RecordSource({len(self)} records)"
+
+
+def record_source(split: Split):
+    """Returns a random-access source over the set's ArrayRecord files, in `split`'s order.
+
+    `source[i]` is `{"image": uint8 [S, S, 3], "label": int32}`, decoded anew from its record:
+    equal to `split.images[i]` and `split.labels[i]`. It can be pickled, and read by threads.
+
+    Raises:
+      UserError: the set is not in ArrayRecord format.
+    """
+
+    return RecordSource(split.entry, split.positions)
