@@ -106,7 +106,7 @@ class Ours(Side):
         """Builds the case and writes the initial weights to `weights` (.npz)."""
         import jax
 
-        from cifar_jax import feed, hardware, resident, steps
+        from cifar_jax import hardware, input_pipeline, resident, steps
         from cifar_jax.run import Options, make_run
         from cifar_jax.runtime.timing import Clock, compile_seconds
         from cifar_jax.workdir import Config, describe_data
@@ -138,7 +138,7 @@ class Ours(Side):
             self._begin()
         else:
             positions = np.arange(len(split), dtype=np.int32)
-            self.order = jax.device_put(feed.batches(positions, case.batch_size))
+            self.order = jax.device_put(input_pipeline.batches(positions, case.batch_size))
             self.variables = steps.inference_variables(self.state)
             self.dispatch = functools.partial(self._evaluate, len(split))
             self._evaluate(0)

@@ -28,9 +28,9 @@ _HOMES = {
     "Recipe": "recipes",
     "TrainState": "steps",
     "UserError": "runtime.errors",
-    "batches": "feed",
+    "batches": "input_pipeline",
     "create_state": "steps",
-    "epoch_order": "feed",
+    "epoch_order": "input_pipeline",
     "eval_step": "steps",
     "inference_variables": "steps",
     "load_dataset": "datasets",
@@ -42,8 +42,8 @@ _HOMES = {
     "predict_step": "steps",
     "shard_map_eval_step": "device_steps",
     "shard_map_train_step": "device_steps",
-    "split_indices": "feed",
-    "take_batch": "feed",
+    "split_indices": "input_pipeline",
+    "take_batch": "input_pipeline",
     "train_step": "steps",
 }
 

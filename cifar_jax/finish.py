@@ -9,10 +9,10 @@ import numpy as np
 
 from cifar_jax import (
     augment,
-    feed,
     from_recipe,
     hardware,
     inference,
+    input_pipeline,
     plots,
     records,
     report,
@@ -176,7 +176,7 @@ def first_batch(run: Run, key: jax.Array) -> tuple[np.ndarray, np.ndarray]:
       key: the `TrainState.key` of any of the run's steps.
     """
     recipe, train = run.config.recipe, run.dataset.splits["train"]
-    order = feed.epoch_order(run.keys["order"], 1, run.training, recipe.batch_size)[0]
+    order = input_pipeline.epoch_order(run.keys["order"], 1, run.training, recipe.batch_size)[0]
     shown = order[order >= 0][: plots.GRID_IMAGES]
     preprocess = jax.jit(from_recipe.preprocess_of(recipe))
     images = preprocess(train.images[shown], steps.step_keys(key, 0)[1])
@@ -206,7 +206,7 @@ def draw(
         plots.training_grid(shown, labels, names, path, heading=heading)
 
     def channels(path: Path) -> None:
-        order = feed.epoch_order(run.keys["order"], 1, run.training, recipe.batch_size)
+        order = input_pipeline.epoch_order(run.keys["order"], 1, run.training, recipe.batch_size)
         image = run.dataset.splits["train"].images[order[0, 0]]
         plots.channels(np.asarray(augment.normalize(image, recipe.normalize)), path)
 

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from cifar_jax import (
-    feed,
     from_recipe,
     hardware,
+    input_pipeline,
     manifests,
     optimizers,
     parallel,
@@ -123,7 +123,7 @@ def unfolded(trained: Trained) -> dict[str, Any]:
         optimizer = optimizers.make_optimizer(recipe, config.steps_per_epoch)
         shrunk = fold.spread(optimizer, trained.step, recipe.ema_decay)
     if config.init_from is None:
-        key = feed.run_keys(config.seed)["state"]
+        key = input_pipeline.run_keys(config.seed)["state"]
         shape = from_recipe.input_shape(recipe, config.dataset["image_shape"])
         params = unfold_initial(params, trained.model, key, shape, shrunk)
     else:
@@ -180,8 +180,10 @@ def evaluate_split(
       `report.results` with `confusion` int [C, C] added, and probabilities float32 [N, C].
     """
     size = len(split.labels)
-    data = feed.on_host(split.images, split.labels)  # outside jit a gather is half a dozen programs
-    indices = feed.batches(np.arange(size, dtype=np.int32), min(batch_size, size))
+    data = input_pipeline.on_host(
+        split.images, split.labels
+    )  # outside jit a gather is half a dozen programs
+    indices = input_pipeline.batches(np.arange(size, dtype=np.int32), min(batch_size, size))
     sums = jax.device_get(evaluate(variables, Examples(**data), indices))
     logits = predict(variables, data["image"][np.maximum(indices, 0)])
     return split_results(sums, logits, class_names, size)

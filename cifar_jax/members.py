@@ -11,10 +11,10 @@ import jax
 import numpy as np
 
 from cifar_jax import (
-    feed,
     finish,
     from_recipe,
     inference,
+    input_pipeline,
     parallel,
     records,
     replicas,
@@ -103,7 +103,9 @@ def test_group(trained: TrainedGroup) -> tuple[dict, np.ndarray, dict[int, int]]
     variables = steps.inference_variables(at.arrays.best if recipe.select_best else at.arrays.state)
     split = run.dataset.splits["test"]
     size = len(split.labels)
-    indices = feed.batches(np.arange(size, dtype=np.int32), min(recipe.eval_batch_size, size))
+    indices = input_pipeline.batches(
+        np.arange(size, dtype=np.int32), min(recipe.eval_batch_size, size)
+    )
     count = jax.tree.leaves(variables)[0].shape[0]
     each = replicas.split_evenly(np.broadcast_to(indices, (count, *indices.shape)), mesh)
     with run.clock("test"):

@@ -19,7 +19,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from cifar_jax import feed
+from cifar_jax import input_pipeline
 from cifar_jax.hardware import AXIS, everywhere
 
 SHARE = 0.25
@@ -53,11 +53,11 @@ class Examples:
         return P() if self.placement is Placement.RESIDENT else P(AXIS)
 
     def take(self, row: jax.Array) -> dict[str, jax.Array]:
-        """Returns the batch of a row of batch indices, int32 [B], as `feed.take_batch`. Under
-        shard_map that is a device's part of the batch, of its part of the row."""
+        """Returns the batch of a row of batch indices, int32 [B], as `input_pipeline.take_batch`.
+        Under shard_map that is a device's part of the batch, of its part of the row."""
         if self.placement is Placement.SPLIT:
             return self._gather(row)
-        return feed.take_batch({"image": self.image, "label": self.label}, row)
+        return input_pipeline.take_batch({"image": self.image, "label": self.label}, row)
 
     def _gather(self, row: jax.Array) -> dict[str, jax.Array]:
         """Each device looks up what it has of the whole batch, zeros elsewhere; their sum is the
@@ -136,7 +136,7 @@ def put(
     """Returns examples as `placement` says: resident, or split, with zeros at the end so that they
     divide; every process then reads the parts of its own devices only."""
     if placement is Placement.RESIDENT:
-        return Examples(**replicate(feed.on_host(images, labels), mesh))
+        return Examples(**replicate(input_pipeline.on_host(images, labels), mesh))
     rows = -(-len(labels) // mesh.size) * mesh.size
 
     def put_parts(x, dtype):

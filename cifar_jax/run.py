@@ -10,7 +10,16 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from cifar_jax import augment, feed, from_recipe, hardware, optimizers, parallel, resident, steps
+from cifar_jax import (
+    augment,
+    from_recipe,
+    hardware,
+    input_pipeline,
+    optimizers,
+    parallel,
+    resident,
+    steps,
+)
 from cifar_jax.datasets import Dataset
 from cifar_jax.models import model_of
 from cifar_jax.resident import Placement
@@ -109,7 +118,7 @@ def make_run(config: Config, dataset: Dataset, options: Options, clock: Clock) -
     for name in recipe.augment:
         lookup(augment.AUGMENTATIONS, name, "augmentation")
     keys, training, validation = drawn(config)
-    feed.check_batch_size(recipe.batch_size, len(training))
+    input_pipeline.check_batch_size(recipe.batch_size, len(training))
     model = model_of(recipe, len(dataset.class_names), options.lowering)
     image_shape = dataset.splits["train"].images.shape[1:]
     create = from_recipe.state_maker(recipe, model, config.steps_per_epoch, image_shape)
@@ -150,6 +159,8 @@ def make_run(config: Config, dataset: Dataset, options: Options, clock: Clock) -
 
 def drawn(config: Config) -> tuple[dict[str, jax.Array], np.ndarray, np.ndarray]:
     """What a run's seed decides before its first step: keys, training and validation images."""
-    keys = feed.run_keys(config.seed)
+    keys = input_pipeline.run_keys(config.seed)
     size = config.dataset["sizes"]["train"]
-    return keys, *feed.split_indices(keys["split"], size, config.recipe.validation_fraction)
+    return keys, *input_pipeline.split_indices(
+        keys["split"], size, config.recipe.validation_fraction
+    )

@@ -13,8 +13,8 @@ from jax.sharding import Mesh
 
 from cifar_jax import (
     checks,
-    feed,
     from_recipe,
+    input_pipeline,
     parallel,
     replicas,
     report,
@@ -22,7 +22,7 @@ from cifar_jax import (
     steps,
     together,
 )
-from cifar_jax.datasets.stream import record_source
+from cifar_jax.input_pipeline import record_source
 from cifar_jax.resident import Examples, Placement
 from cifar_jax.run import Run
 
@@ -100,7 +100,9 @@ class Runs:
                 self.examples = resident.put(images, labels, self.mesh, place)
         if self.validates:
             size = min(self.recipe.eval_batch_size, len(run.validation))
-            self.validation = self.put([feed.batches(positions, size) for positions in validation])
+            self.validation = self.put(
+                [input_pipeline.batches(positions, size) for positions in validation]
+            )
 
     def begin(self) -> Arrays:
         """Returns what the first step starts from."""
@@ -123,12 +125,19 @@ class Runs:
     def chunks(self, epoch: int, step: int, lengths: parallel.Chunks) -> Iterator[Chunk]:
         """Yields the rest of an epoch, as much at a time as `lengths` says."""
         run, size = self.run, self.recipe.batch_size
-        orders = [feed.epoch_order(m.keys["order"], epoch, m.training, size) for m in self.members]
+        orders = [
+            input_pipeline.epoch_order(m.keys["order"], epoch, m.training, size)
+            for m in self.members
+        ]
         if run.place is Placement.STREAM:
             # A process reads the images of its own devices only.
-            mine = feed.columns(orders[0], jax.process_index(), jax.process_count(), run.devices)
+            mine = input_pipeline.columns(
+                orders[0], jax.process_index(), jax.process_count(), run.devices
+            )
             source = record_source(run.dataset.splits["train"])
-            for data, rows, length in feed.stream(source, mine, step, lengths.streamed(size)):
+            for data, rows, length in input_pipeline.stream(
+                source, mine, step, lengths.streamed(size)
+            ):
                 together.numbers(length)  # before a program on all devices, an error is told here
                 yield Chunk(*resident.put_chunk(data, rows, run.mesh), 0, step, length)
                 step += length

@@ -144,10 +144,12 @@ def main(arguments: Sequence[str] | None = None, say=print) -> dict:
     """Parses, trains, tests, reports. Returns what `summary.json` holds. Raises `UserError`."""
     options = make_parser().parse(arguments)
     recipe_name, recipe = cli.recipe_from(options)
-    from cifar_jax import feed, hosts
+    from cifar_jax import hosts, input_pipeline
 
-    if options.feed not in feed.FEEDS:
-        raise UserError(f"unknown --feed {options.feed!r}; {nearest(options.feed, feed.FEEDS)}")
+    if options.feed not in input_pipeline.FEEDS:
+        raise UserError(
+            f"unknown --feed {options.feed!r}; {nearest(options.feed, input_pipeline.FEEDS)}"
+        )
     if not options.save_minutes > 0:
         raise UserError(f"--save-minutes must be above 0, got {options.save_minutes:g}")
     cli.check_replica_options(options)

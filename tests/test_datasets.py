@@ -22,8 +22,8 @@ from datasets_support import empty_machine as empty_machine
 from datasets_support import prepared as prepared
 from datasets_support import tiny as tiny
 
-from cifar_jax import datasets
-from cifar_jax.datasets import shapes10, stream
+from cifar_jax import datasets, input_pipeline
+from cifar_jax.datasets import shapes10
 from cifar_jax.datasets.prepare import prepare
 from cifar_jax.runtime.errors import UserError
 
@@ -130,7 +130,7 @@ def test_streamed_records_are_the_cached_images(prepared):
 
     data, _ = prepared
     split = load(data_dir=data).splits["test"]
-    source = pickle.loads(pickle.dumps(stream.record_source(split)))
+    source = pickle.loads(pickle.dumps(input_pipeline.record_source(split)))
     assert len(source) == len(split)
     for index in (0, 3, 9):
         np.testing.assert_array_equal(source[index]["image"], split.images[index])
@@ -322,7 +322,7 @@ def test_a_share_of_train_is_the_test_split_of_a_set_without(prepared):
         np.testing.assert_array_equal(
             split.labels, arrays.labels["train"]["label"][split.positions]
         )
-        source = stream.record_source(split)
+        source = input_pipeline.record_source(split)
         assert len(source) == len(split)
         np.testing.assert_array_equal(source[3]["image"], split.images[3])
     again = load(data_dir=data, test_fraction=0.2, splits=["test"])

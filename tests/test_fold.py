@@ -9,7 +9,7 @@ import optax
 import pytest
 from quick import jit
 
-from cifar_jax import feed, inference, initial, steps, weight_files
+from cifar_jax import inference, initial, input_pipeline, steps, weight_files
 from cifar_jax.models import fold
 from cifar_jax.models.fold import mean_of_normal_blocks, normal_blocks
 from cifar_jax.models.vgg import VGG
@@ -189,7 +189,7 @@ def test_what_is_not_exact_is_refused():
 def test_a_runs_weights_unfold_from_its_seed():
     """With averaged weights and decay: nothing but the config and the checkpoint is needed."""
     recipe = SGD.replace(weight_decay=0.05, ema_decay=0.5)
-    optimizer, key = make_optimizer(recipe, STEPS), feed.run_keys(3)["state"]
+    optimizer, key = make_optimizer(recipe, STEPS), input_pipeline.run_keys(3)["state"]
     data = {"sizes": {"train": 4}, "class_names": ["a"] * 10, "image_shape": list(IMAGE)}
     config = Config("vgg16_finetune", recipe.replace(batch_size=4), 3, data)
     found = {}

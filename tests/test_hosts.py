@@ -18,7 +18,7 @@ from hosts_support import Processes, free_port, until_saved
 from jax.experimental import multihost_utils
 from tiny_data import rows_of, states_of, tiny, words
 
-from cifar_jax import feed, hardware, hosts, resident, together, train
+from cifar_jax import hardware, hosts, input_pipeline, resident, together, train
 from cifar_jax.runtime.errors import UserError
 
 __all__ = ["tiny"]
@@ -411,8 +411,8 @@ def test_one_process_gives_itself_what_it_asks():
 
 
 def test_a_process_reads_its_own_columns_of_an_order():
-    order = feed.batches(np.arange(25, dtype=np.int32), 10)
-    parts = [feed.columns(order, process, 2, 4) for process in range(2)]
+    order = input_pipeline.batches(np.arange(25, dtype=np.int32), 10)
+    parts = [input_pipeline.columns(order, process, 2, 4) for process in range(2)]
     assert [part.shape for part in parts] == [(3, 6), (3, 6)]
     assert np.concatenate(parts, axis=1)[:, :10].tolist() == order.tolist()
     assert (np.concatenate(parts, axis=1)[:, 10:] == -1).all()

@@ -11,7 +11,16 @@ import pytest
 from quick import jit
 from tiny_data import tiny, words
 
-from cifar_jax import augment, evaluate, feed, from_recipe, inference, optimizers, parallel, train
+from cifar_jax import (
+    augment,
+    evaluate,
+    from_recipe,
+    inference,
+    input_pipeline,
+    optimizers,
+    parallel,
+    train,
+)
 from cifar_jax.models.layers import Dense, Dropout, Flatten
 from cifar_jax.optimizers import make_optimizer
 from cifar_jax.recipes import Recipe
@@ -342,7 +351,7 @@ def test_a_run_with_every_option(tiny, tmp_path):
     assert summary["recipe"]["rate_scale"] == ["fc1=0.1", "fc3=2"]
     trained = inference.load(tmp_path / "run")
     create = from_recipe.state_maker(trained.config.recipe, trained.model, 8, (32, 32, 3))
-    start = jit(create)(feed.run_keys(42)["state"]).params
+    start = jit(create)(input_pipeline.run_keys(42)["state"]).params
     shapes = jax.tree.map(jnp.shape, trained.variables["params"])
     assert shapes["fc1"]["kernel"] == (16 * 2 * 2, 120)
     moved = {

@@ -12,7 +12,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from quick import jit
 
-from cifar_jax import feed, parallel, resident
+from cifar_jax import input_pipeline, parallel, resident
 from cifar_jax.device_steps import (
     pmap_eval_step,
     pmap_train_step,
@@ -217,7 +217,9 @@ def small_data():
 def run_chunks(program, data, lengths, epochs=1):
     weights, records = jnp.zeros((48, 5)), []
     for epoch in range(epochs):
-        order = feed.epoch_order(jax.random.key(0), epoch, np.arange(50, dtype=np.int32), 4)
+        order = input_pipeline.epoch_order(
+            jax.random.key(0), epoch, np.arange(50, dtype=np.int32), 4
+        )
         metrics, at = parallel.empty_metrics(len(order)), 0
         for length in lengths:
             changing = (weights, metrics)
@@ -236,7 +238,7 @@ def test_chunks_equal_a_loop_over_steps_and_each_other(small_data):
     np.testing.assert_array_equal(again, weights)
     jax.tree.map(np.testing.assert_array_equal, record_again, record)
 
-    order = feed.epoch_order(jax.random.key(0), 0, np.arange(50, dtype=np.int32), 4)
+    order = input_pipeline.epoch_order(jax.random.key(0), 0, np.arange(50, dtype=np.int32), 4)
     plain, single = jnp.zeros((48, 5)), jax.jit(step)
     for i, row in enumerate(order):
         plain, sums = single(plain, small_data.take(row))

@@ -12,7 +12,7 @@ import pytest
 from quick import jit
 from tiny_data import Small
 
-from cifar_jax import feed, from_recipe, group_size, parallel, replicas, resident
+from cifar_jax import from_recipe, group_size, input_pipeline, parallel, replicas, resident
 from cifar_jax.models.layers import Dense, Dropout, Flatten
 from cifar_jax.recipes import RECIPES
 from cifar_jax.resident import Examples
@@ -55,9 +55,9 @@ def data():
 
 def start(seed):
     """The state and the order of the single run of a seed."""
-    keys = feed.run_keys(seed)
+    keys = input_pipeline.run_keys(seed)
     positions = np.arange(STEPS * BATCH, dtype=np.int32)
-    return draw()(keys["state"]), feed.epoch_order(keys["order"], 1, positions, BATCH)
+    return draw()(keys["state"]), input_pipeline.epoch_order(keys["order"], 1, positions, BATCH)
 
 
 @functools.cache
@@ -127,7 +127,9 @@ def test_devices_along_both_axes_of_the_mesh(form):
     create = functools.partial(create_state, model, optax.sgd(0.1, momentum=0.9))
     states = [jit(create)(jax.random.key(seed)) for seed in SEEDS]
     positions = np.arange(STEPS * BATCH, dtype=np.int32)  # 16: the last batch holds one image
-    orders = [feed.epoch_order(jax.random.key(9 + seed), 1, positions, batch) for seed in SEEDS]
+    orders = [
+        input_pipeline.epoch_order(jax.random.key(9 + seed), 1, positions, batch) for seed in SEEDS
+    ]
     mesh = replicas.replica_mesh("6", len(SEEDS))
     assert dict(mesh.shape) == {"replica": 3, "data": 2}
     assert replicas.describe_mesh(mesh) == "on 6 devices, 2 to share each batch"

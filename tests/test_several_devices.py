@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from cifar_jax import feed, hardware, parallel, resident
+from cifar_jax import hardware, input_pipeline, parallel, resident
 from cifar_jax.models.layers import Dense, Dropout
 from cifar_jax.resident import Placement
 from cifar_jax.runtime.timing import Clock, compile_seconds
@@ -41,7 +41,7 @@ def epoch_over(devices, split=False):
     if split:
         tested = data = resident.put(images, labels, mesh, Placement.SPLIT)
         assert data.image.addressable_shards[0].data.shape == (-(-50 // devices), 4, 4, 3)
-    order = feed.epoch_order(jax.random.key(0), 1, np.arange(50, dtype=np.int32), 13)
+    order = input_pipeline.epoch_order(jax.random.key(0), 1, np.arange(50, dtype=np.int32), 13)
     program = parallel.compile_training(functools.partial(train_step, **SMALL), mesh=mesh)
     state = create_state(
         SMALL["model"], SMALL["optimizer"], jax.random.key(1), image_shape=(4, 4, 3)
@@ -60,7 +60,7 @@ def epoch_over(devices, split=False):
     variables = {"params": state.params}
     evaluate = parallel.compile_evaluation(functools.partial(eval_step, **model), mesh)
     predict = parallel.compile_prediction(functools.partial(predict_step, **model), mesh)
-    found = evaluate(variables, tested, feed.batches(np.arange(50, dtype=np.int32), 7))
+    found = evaluate(variables, tested, input_pipeline.batches(np.arange(50, dtype=np.int32), 7))
     logits = predict(variables, images.reshape(10, 5, 4, 4, 3))
     return jax.device_get((state.params, record, found, logits))
 

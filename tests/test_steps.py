@@ -10,7 +10,7 @@ import optax
 import pytest
 from quick import jit
 
-from cifar_jax import feed, parallel, resident
+from cifar_jax import input_pipeline, parallel, resident
 from cifar_jax.device_steps import shard_map_train_step
 from cifar_jax.models import MODELS
 from cifar_jax.models.layers import Dense, Dropout, Flatten
@@ -399,7 +399,7 @@ def whole_test_split(cifar10):
 @pytest.mark.parametrize("batch_size", [1, 7, 128, 10_000])
 def test_every_test_image_is_counted_once(batch_size, whole_test_split):
     evaluate, want = whole_test_split
-    sums = evaluate(feed.batches(np.arange(10_000, dtype=np.int32), batch_size))
+    sums = evaluate(input_pipeline.batches(np.arange(10_000, dtype=np.int32), batch_size))
     assert sums["count"] == 10_000
     np.testing.assert_array_equal(sums["confusion"], want["confusion"])
     assert sums["confusion"].sum(axis=1).tolist() == [1000] * 10

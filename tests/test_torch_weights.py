@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cifar_jax import feed, steps
+from cifar_jax import input_pipeline, steps
 from cifar_jax.models import make_model
 from cifar_jax.optimizers import make_optimizer
 from cifar_jax.parallel import compile_for_one_call
@@ -72,7 +72,7 @@ def test_our_weights_give_pytorch_the_same_logits(name, trained):
     images, labels = data_of(0, 48)
     if trained:
         before = jax.tree.map(np.array, state.params)
-        for row in feed.batches(np.arange(48), 16):
+        for row in input_pipeline.batches(np.arange(48), 16):
             state, _ = step(state, {"image": images[row], "label": labels[row]})
         moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), before, state.params)
         assert min(jax.tree.leaves(moved)) > 1e-4

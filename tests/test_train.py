@@ -29,8 +29,8 @@ from tiny_data import (
 )
 
 from cifar_jax import (
-    feed,
     inference,
+    input_pipeline,
     make_model,
     make_optimizer,
     parallel,
@@ -132,9 +132,9 @@ def test_rows_of_a_run(complete):
 def test_windows_and_epochs_are_the_means_of_a_loop_of_ones_own(complete, tiny):
     """The first two epochs again, a step at a time, from the public functions alone."""
     config = read_config(complete)
-    recipe, keys = config.recipe, feed.run_keys(config.seed)
+    recipe, keys = config.recipe, input_pipeline.run_keys(config.seed)
     data = load_dataset("cifar10", data_dir=tiny, progress=False).splits["train"]
-    training, _ = feed.split_indices(keys["split"], len(data), recipe.validation_fraction)
+    training, _ = input_pipeline.split_indices(keys["split"], len(data), recipe.validation_fraction)
     model = make_model(recipe.model, 10, lowering="lax")
     optimizer = make_optimizer(recipe, STEPS)
     create = functools.partial(steps.create_state, model, optimizer, image_shape=(32, 32, 3))
@@ -151,7 +151,9 @@ def test_windows_and_epochs_are_the_means_of_a_loop_of_ones_own(complete, tiny):
     rows = rows_of(complete)
     for epoch in (1, 2):
         sums = []
-        for positions in feed.epoch_order(keys["order"], epoch, training, recipe.batch_size):
+        for positions in input_pipeline.epoch_order(
+            keys["order"], epoch, training, recipe.batch_size
+        ):
             real = positions >= 0
             chosen = np.where(real, positions, 0)
             batch = {"image": data.images[chosen], "label": data.labels[chosen]}
@@ -229,9 +231,9 @@ def test_the_first_batch_is_drawn_as_the_first_step_got_it(complete, tiny, tmp_p
     recipe = config.recipe
     (key,) = (x for name, x in states_of(complete).items() if name.endswith("latest['state'].key"))
     data = load_dataset("cifar10", data_dir=tiny, progress=False).splits["train"]
-    keys = feed.run_keys(config.seed)
-    training, _ = feed.split_indices(keys["split"], len(data), recipe.validation_fraction)
-    first = feed.epoch_order(keys["order"], 1, training, recipe.batch_size)[0]
+    keys = input_pipeline.run_keys(config.seed)
+    training, _ = input_pipeline.split_indices(keys["split"], len(data), recipe.validation_fraction)
+    first = input_pipeline.epoch_order(keys["order"], 1, training, recipe.batch_size)[0]
     state = steps.TrainState(
         step=jnp.int32(0),
         params={"w": jnp.zeros(10)},
