@@ -58,7 +58,8 @@ class OurReplicas(ReplicaSide):
         """Builds the case; its weights are drawn from the seed that `sides.Ours` draws from."""
         import jax
 
-        from cifar_jax import parallel, replicas, resident
+        from cifar_jax import replicas
+        from cifar_jax.parallel import placement, programs
         from cifar_jax.run import Options, make_run
         from cifar_jax.runs import Group
         from cifar_jax.runtime.timing import Clock, compile_seconds
@@ -71,14 +72,14 @@ class OurReplicas(ReplicaSide):
         compiled = compile_seconds()
         mesh = replicas.replica_mesh("all", self.replicas)
         start, split = time.perf_counter(), dataset.splits["train"]
-        self.data = jax.block_until_ready(resident.put(split.images, split.labels, mesh))
+        self.data = jax.block_until_ready(placement.put(split.images, split.labels, mesh))
         data_seconds = time.perf_counter() - start
         self.orders = replica_orders(len(split), case.batch_size, self.replicas)
         self.order = replicas.split_evenly(self.orders, mesh)
         states = [run.with_config(config).create() for config in configs]
 
         def fresh():
-            metrics = parallel.empty_metrics(self.replicas, self.orders.shape[1])
+            metrics = programs.empty_metrics(self.replicas, self.orders.shape[1])
             tree = (replicas.stack(states), metrics, np.ones(self.replicas, bool))
             return replicas.split_evenly(tree, mesh)
 
@@ -89,7 +90,7 @@ class OurReplicas(ReplicaSide):
         metrics = {name: np.asarray(values[0][:count]) for name, values in self.changing[1].items()}
         self.changing = fresh()
         self.train = replicas.make_programs(run, self.form, mesh).train
-        self.settle(parallel.Chunks(self.orders.shape[1], seconds=Group.chunk_seconds))
+        self.settle(programs.Chunks(self.orders.shape[1], seconds=Group.chunk_seconds))
         self.warm_up(seconds)
         return {
             "losses": (metrics["loss"] / metrics["count"]).tolist(),
@@ -98,7 +99,7 @@ class OurReplicas(ReplicaSide):
         }
 
     def settle(self, chunks) -> None:
-        """Sets the chunk to what `parallel.Chunks` comes to in training, after a few of them."""
+        """Sets the chunk to what `programs.Chunks` comes to in training, after a few of them."""
         for _ in range(7):  # the first compiles, and each grows by 8 times at most
             self.chunk = chunks.next(self.orders.shape[1])
             chunks.ran(self.chunk, self.timed())

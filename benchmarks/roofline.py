@@ -161,8 +161,8 @@ def main() -> None:
     if any(case.kind != "train" for case in cases) or args.windows < 1 or args.seconds <= 0:
         raise UserError("--cases are training cases; --windows at least 1, --seconds above 0")
 
-    from cifar_jax import hardware
     from cifar_jax.datasets import load_dataset
+    from cifar_jax.parallel import hardware
     from cifar_jax.runtime import compilation_cache
 
     hardware.select_platform(args.device)

@@ -106,7 +106,8 @@ class Ours(Side):
         """Builds the case and writes the initial weights to `weights` (.npz)."""
         import jax
 
-        from cifar_jax import hardware, input_pipeline, resident, steps
+        from cifar_jax import input_pipeline, steps
+        from cifar_jax.parallel import hardware, placement
         from cifar_jax.run import Options, make_run
         from cifar_jax.runtime.timing import Clock, compile_seconds
         from cifar_jax.workdir import Config, describe_data
@@ -127,12 +128,12 @@ class Ours(Side):
         start = time.perf_counter()
         split = dataset.splits["train" if case.kind == "train" else "test"]
         where = run.mesh if case.kind == "train" else None
-        self.data = jax.block_until_ready(resident.put(split.images, split.labels, where))
+        self.data = jax.block_until_ready(placement.put(split.images, split.labels, where))
         data_seconds = time.perf_counter() - start
         if case.kind == "train":
             order = full_batches(len(split), case.batch_size)
             self.rows, self.row = len(order), 0
-            self.state, self.order = resident.replicate((self.state, order), run.mesh)
+            self.state, self.order = placement.replicate((self.state, order), run.mesh)
             losses = self._first_losses(recipe)
             self.dispatch = self._train
             self._begin()
@@ -165,11 +166,11 @@ class Ours(Side):
         import jax
         import jax.numpy as jnp
 
-        from cifar_jax import parallel
+        from cifar_jax.parallel import programs
 
         train_many = self.run.train_many
         if hasattr(self.run.model, "dropout_rate"):
-            train_many = parallel.compile_training(plain_step(self.run), mesh=self.run.mesh)
+            train_many = programs.compile_training(plain_step(self.run), mesh=self.run.mesh)
         count = min(compared_steps(recipe), self.rows)
         copy = jax.tree.map(jnp.copy, self.state)
         _, metrics = train_many((copy, self._empty_metrics()), self.data, self.order, 0, 0, count)
@@ -177,9 +178,9 @@ class Ours(Side):
         return (sums["loss"] / sums["count"]).tolist()
 
     def _empty_metrics(self):
-        from cifar_jax import parallel, resident
+        from cifar_jax.parallel import placement, programs
 
-        return resident.replicate(parallel.empty_metrics(self.rows), self.run.mesh)
+        return placement.replicate(programs.empty_metrics(self.rows), self.run.mesh)
 
     def _begin(self) -> None:
         """Makes ready what `_train` needs: as many steps a dispatch as `cifar_jax.train` takes, or
@@ -222,12 +223,12 @@ class OurStep(Ours):
     def _jitted(self, step):
         import jax
 
-        from cifar_jax import parallel
+        from cifar_jax.parallel import programs
 
         def one(state, data, order, row):
             return step(state, data.take(order[row]))
 
-        return jax.jit(one, donate_argnums=0, compiler_options=parallel.compiler_options())
+        return jax.jit(one, donate_argnums=0, compiler_options=programs.compiler_options())
 
     def _first_losses(self, recipe) -> list[float]:
         import jax

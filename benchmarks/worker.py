@@ -169,8 +169,8 @@ def main() -> None:
         compilation_cache.enable()
 
     from benchmarks.cases import parse
-    from cifar_jax import hardware
     from cifar_jax.datasets import load_dataset
+    from cifar_jax.parallel import hardware
 
     try:
         dataset, problem = load_dataset(args.dataset, data_dir=args.data_dir, progress=False), None

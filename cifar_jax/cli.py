@@ -248,8 +248,9 @@ def start_device(options: argparse.Namespace, recipe: Recipe | None = None) -> N
       recipe: what this process will train, if it does nothing else: a CPU's threads are then as
         many as this recipe is fastest with.
     """
-    from cifar_jax import from_recipe, hardware
+    from cifar_jax import from_recipe
     from cifar_jax.ops.convolution import LOWERINGS
+    from cifar_jax.parallel import hardware
     from cifar_jax.runtime import compilation_cache
 
     if options.conv not in LOWERINGS:

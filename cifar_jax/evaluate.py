@@ -62,7 +62,8 @@ def _load(options, config):
 def main(arguments: Sequence[str] | None = None, say=print) -> dict:
     """Parses, evaluates, prints. Returns the results. Raises `UserError`."""
     options = make_parser().parse(arguments)
-    from cifar_jax import hardware, inference, records, report
+    from cifar_jax import inference, records, report
+    from cifar_jax.parallel import hardware
 
     cli.start_device(options)
     trained = inference.load(

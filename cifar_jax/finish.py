@@ -7,21 +7,11 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from cifar_jax import (
-    augment,
-    from_recipe,
-    hardware,
-    inference,
-    input_pipeline,
-    plots,
-    records,
-    report,
-    steps,
-    together,
-)
+from cifar_jax import augment, from_recipe, inference, input_pipeline, plots, records, report, steps
 from cifar_jax.canvas import attempt
 from cifar_jax.models import fold
 from cifar_jax.models.layer_table import format_table, summarise
+from cifar_jax.parallel import agreement, hardware
 from cifar_jax.recipes import Recipe
 from cifar_jax.run import Run
 from cifar_jax.runs import Print
@@ -160,7 +150,7 @@ def finish(run: Run, workdir: Path, state: steps.TrainState, trained: dict, say:
     say(report.first_images_lines(labels, probabilities.argmax(axis=-1), names))
     say(report.results_lines(found, split="Test"))
     if run.options.plots:
-        draw(run, workdir, together.own_copy(state.key), found, probabilities, say)
+        draw(run, workdir, agreement.own_copy(state.key), found, probabilities, say)
     summary = records.to_json(summarize(run, trained, found))
     write_json(workdir / "summary.json", summary)
     say(report.timing_line(summary["seconds"], summary["images_per_second"]))

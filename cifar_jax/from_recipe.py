@@ -10,8 +10,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from cifar_jax import hardware, optimizers, parallel, steps
+from cifar_jax import optimizers, steps
 from cifar_jax.models import model_of
+from cifar_jax.parallel import hardware, programs
 from cifar_jax.recipes import Recipe
 
 Shape = tuple[int, int, int]
@@ -70,7 +71,7 @@ def step_of(
     def in_microbatches(state, batch, **options):
         count = recipe.accumulate
         if count == 1:
-            count = parallel.microbatches(batch["label"].shape[0], state)
+            count = programs.microbatches(batch["label"].shape[0], state)
         return step(state, batch, accumulate=count, **options)
 
     return in_microbatches
@@ -113,4 +114,4 @@ def payload(state, step_metrics: dict) -> dict:
 
 def abstract_payload(shapes: steps.TrainState, steps_per_epoch: int) -> dict:
     """Returns `payload` as shapes, to restore into; `shapes` is the state's."""
-    return payload(shapes, jax.eval_shape(lambda: parallel.empty_metrics(steps_per_epoch)))
+    return payload(shapes, jax.eval_shape(lambda: programs.empty_metrics(steps_per_epoch)))

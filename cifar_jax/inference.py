@@ -13,20 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cifar_jax import (
-    from_recipe,
-    hardware,
-    input_pipeline,
-    manifests,
-    optimizers,
-    parallel,
-    report,
-    restoring,
-    steps,
-)
+from cifar_jax import from_recipe, input_pipeline, manifests, optimizers, report, restoring, steps
 from cifar_jax.datasets import Dataset, Split
 from cifar_jax.models import fold, model_of
-from cifar_jax.resident import Examples
+from cifar_jax.parallel import hardware
+from cifar_jax.parallel import programs as parallel_programs
+from cifar_jax.parallel.placement import Examples
 from cifar_jax.runtime.errors import UserError
 from cifar_jax.workdir import Config, read_config
 
@@ -158,7 +150,7 @@ def unfold_initial(
     draw = functools.partial(fold.initial_kernel, model, image_shape=tuple(image_shape))
     init_key = jax.random.split(key)[0]  # as `create_state` splits it
     numbers = fold.BLOCKS * params[fold.LAYER][fold.MEAN_KERNEL].size
-    draw = parallel.compile_for_one_call(draw, numbers)
+    draw = parallel_programs.compile_for_one_call(draw, numbers)
     return fold.unfold(params, draw(init_key), spread)
 
 
@@ -173,7 +165,7 @@ def evaluate_split(
     """Evaluates every image of a split once, whatever the batch size.
 
     Args:
-      evaluate, predict: from `parallel.compile_evaluation` and `compile_prediction`.
+      evaluate, predict: from `programs.compile_evaluation` and `compile_prediction`.
       batch_size: images in a batch; the last is padded and masked.
 
     Returns:
@@ -208,7 +200,9 @@ def programs(
     weights = steps.parameter_count(trained.variables["params"])
     mesh = hardware.data_mesh(hardware.choose_devices(devices, batch_size, weights))
     evaluate, predict = from_recipe.inference_steps(trained.config.recipe, trained.model)
-    return parallel.compile_evaluation(evaluate, mesh), parallel.compile_prediction(predict, mesh)
+    return parallel_programs.compile_evaluation(
+        evaluate, mesh
+    ), parallel_programs.compile_prediction(predict, mesh)
 
 
 def check_fits(trained: Trained, dataset: Dataset) -> None:

@@ -17,11 +17,11 @@ import numpy as np
 
 from cifar_jax import group_size, many_finish, records, replicas, shared_workdir
 from cifar_jax.checks import check_first_forward
-from cifar_jax.hosts import ALONE, Process
 from cifar_jax.members import TrainedGroup, folder_of, write_members
+from cifar_jax.parallel.distributed import ALONE, Process
+from cifar_jax.parallel.placement import Placement
 from cifar_jax.progress import Progress
 from cifar_jax.report import counted
-from cifar_jax.resident import Placement
 from cifar_jax.run import Run
 from cifar_jax.runs import Group, Print
 from cifar_jax.runtime import files

@@ -6,10 +6,11 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from cifar_jax import parallel, recipes, records, report
+from cifar_jax import recipes, records, report
 from cifar_jax import spread as spreads
 from cifar_jax.canvas import attempt
 from cifar_jax.members import folder_of
+from cifar_jax.parallel import programs as parallel_programs
 from cifar_jax.report import counted
 from cifar_jax.run import Run
 from cifar_jax.runs import Print
@@ -77,7 +78,7 @@ def finish(run: Run, groups: Groups, done: Sequence[Mapping], say: Print) -> dic
             "form": programs.form,
             "devices": programs.mesh.size * processes,
             "processes": processes,
-            "devices_sharing_a_batch": parallel.sharing_a_batch(programs.mesh),
+            "devices_sharing_a_batch": parallel_programs.sharing_a_batch(programs.mesh),
             "group_size": min(groups.size(), len(members)),
             **found,
             "diverged": [{"seed": seed, "step": step} for seed, step in sorted(diverged.items())],

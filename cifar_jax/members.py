@@ -15,14 +15,13 @@ from cifar_jax import (
     from_recipe,
     inference,
     input_pipeline,
-    parallel,
     records,
     replicas,
-    resident,
     steps,
     training,
 )
 from cifar_jax.checkpoints import Checkpoints
+from cifar_jax.parallel import placement, programs
 from cifar_jax.run import Run
 from cifar_jax.runs import Group
 from cifar_jax.runtime import files
@@ -80,7 +79,7 @@ def write_members(trained: TrainedGroup, workdir: Path) -> dict[int, int]:
         np.save(folder / "probabilities.npy", probabilities)
         how = {
             "runs_trained_together": len(members),
-            "devices_sharing_a_batch": parallel.sharing_a_batch(group.mesh),
+            "devices_sharing_a_batch": programs.sharing_a_batch(group.mesh),
         }
         summary = finish.summarize(member, training.trained(member, best) | how, found)
         write_json(folder / "summary.json", records.to_json(summary))
@@ -109,9 +108,9 @@ def test_group(trained: TrainedGroup) -> tuple[dict, np.ndarray, dict[int, int]]
     count = jax.tree.leaves(variables)[0].shape[0]
     each = replicas.split_evenly(np.broadcast_to(indices, (count, *indices.shape)), mesh)
     with run.clock("test"):
-        examples = resident.put(split.images, split.labels, mesh)
+        examples = placement.put(split.images, split.labels, mesh)
         sums = group.programs.evaluate(variables, examples, each)
-        images = resident.replicate(np.asarray(split.images)[np.maximum(indices, 0)], mesh)
+        images = placement.replicate(np.asarray(split.images)[np.maximum(indices, 0)], mesh)
         sums, logits = jax.device_get((sums, group.programs.predict(variables, images)))
     return sums, logits, lost
 
@@ -131,7 +130,7 @@ def _save(
     checkpoints: Checkpoints, member: Run, state, epoch: int, offset: int, metric: float | None
 ) -> None:
     """Saves a run's state as of the end of an epoch."""
-    metrics = parallel.empty_metrics(member.steps_per_epoch)
+    metrics = programs.empty_metrics(member.steps_per_epoch)
     seconds = member.clock.seconds()
     extra = {"epoch": epoch + 1, "step": 0, "metrics_offset": offset, "seconds": seconds}
     payload = from_recipe.payload(state, metrics)

@@ -9,7 +9,8 @@ The axis is split over devices, and within a device it takes one of two forms:
 - `vmap`: all replicas in every step, as batched matrix products. The choice on GPU and TPU.
 
 Where there are more devices than replicas, several share each replica's batches, as in
-`parallel.py`: the mesh has the two axes `AXIS`, over replicas, and `parallel.AXIS`, over a batch.
+`parallel/programs.py`: the mesh has the two axes `AXIS`, over replicas, and `parallel.AXIS`, over a
+batch.
 
 A replica whose loss is not finite has taken its last step: its state changes no more, and no other
 replica sees anything of it.
@@ -29,7 +30,8 @@ from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from cifar_jax import checks, from_recipe, hardware, parallel
+from cifar_jax import checks, from_recipe
+from cifar_jax.parallel import hardware, programs
 from cifar_jax.run import Run
 from cifar_jax.runtime.errors import UserError, nearest
 
@@ -90,7 +92,7 @@ def replica_mesh(asked: str, replicas: int, batch_size: int = 1, weights: int = 
 def describe_mesh(mesh: Mesh) -> str:
     """Returns e.g. `on 4 devices, 2 to share each batch`."""
     text = f"on {mesh.size} device{'s' if mesh.size > 1 else ''}"
-    shared = parallel.sharing_a_batch(mesh)
+    shared = programs.sharing_a_batch(mesh)
     return f"{text}, {shared} to share each batch" if shared > 1 else text
 
 
@@ -137,7 +139,7 @@ def _where(condition, new, old):
 def train_until_diverged(
     step: Callable, changing, hparams, examples, batch_indices, row, start, length
 ):
-    """`parallel.train_many` of one replica, ended early after a step whose loss is not finite.
+    """`programs.train_many` of one replica, ended early after a step whose loss is not finite.
 
     Args:
       changing: (state, step metrics, alive): `alive` is a bool scalar, False for a replica that
@@ -151,7 +153,7 @@ def train_until_diverged(
     def body(carry):
         i, (state, metrics, _) = carry
         batch = batch_indices[row + i]
-        state, metrics = parallel.measured_step(step, state, metrics, examples, batch, start + i)
+        state, metrics = programs.measured_step(step, state, metrics, examples, batch, start + i)
         return i + 1, (state, metrics, jnp.isfinite(metrics["loss"][start + i]))
 
     def goes_on(carry):
@@ -171,7 +173,7 @@ def train_or_stand_still(
     def body(i, carry):
         state, metrics, alive = carry
         batch = batch_indices[row + i]
-        new = parallel.measured_step(step, state, metrics, examples, batch, start + i)
+        new = programs.measured_step(step, state, metrics, examples, batch, start + i)
         state, metrics = _where(alive, new, (state, metrics))
         return state, metrics, alive & jnp.isfinite(metrics["loss"][start + i])
 
@@ -193,9 +195,9 @@ def train_replicas(
 
 
 def evaluate_in_turn(step: Callable, variables, examples, batch_indices):
-    """`parallel.evaluate_many` of one replica after another: a batch fills a device by itself."""
+    """`programs.evaluate_many` of one replica after another: a batch fills a device by itself."""
     return lax.map(
-        lambda own: parallel.evaluate_many(step, own[0], examples, own[1]),
+        lambda own: programs.evaluate_many(step, own[0], examples, own[1]),
         (variables, batch_indices),
     )
 
@@ -203,27 +205,27 @@ def evaluate_in_turn(step: Callable, variables, examples, batch_indices):
 def compile_training(
     step: Callable, form: str, mesh: Mesh, remat: bool = False, static_length: bool | None = None
 ) -> Callable:
-    """Returns `parallel.compile_training`'s program with a replica axis that divides by the mesh
+    """Returns `programs.compile_training`'s program with a replica axis that divides by the mesh
     (`split_evenly`) in front of the batch indices, `hparams` and `changing`: (state, step metrics,
     alive), as in `train_until_diverged`."""
     train = functools.partial(train_replicas, form)
-    return parallel.compile_training(step, static_length, mesh, remat, train=train, own=P(AXIS))
+    return programs.compile_training(step, static_length, mesh, remat, train=train, own=P(AXIS))
 
 
 def compile_evaluation(step: Callable, mesh: Mesh) -> Callable:
-    """Returns `parallel.compile_evaluation`'s program of each replica's own variables over its own
+    """Returns `programs.compile_evaluation`'s program of each replica's own variables over its own
     batch indices [R, batches, B]."""
-    return parallel.compile_evaluation(step, mesh, evaluate=evaluate_in_turn, own=P(AXIS))
+    return programs.compile_evaluation(step, mesh, evaluate=evaluate_in_turn, own=P(AXIS))
 
 
 def compile_prediction(step: Callable, mesh: Mesh) -> Callable:
     """Returns `predict(variables, images [batches, B, H, W, C]) -> [R, batches, B, classes]`."""
 
     def predict(variables, images):
-        return lax.map(lambda own: parallel.predict_many(step, own, images), variables)
+        return lax.map(lambda own: programs.predict_many(step, own, images), variables)
 
-    split = parallel.over_devices(predict, mesh, (P(AXIS), P()), P(AXIS), check=False)
-    return jax.jit(split, compiler_options=parallel.compiler_options())
+    split = programs.over_devices(predict, mesh, (P(AXIS), P()), P(AXIS), check=False)
+    return jax.jit(split, compiler_options=programs.compiler_options())
 
 
 @dataclasses.dataclass(frozen=True)

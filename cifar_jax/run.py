@@ -10,19 +10,11 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from cifar_jax import (
-    augment,
-    from_recipe,
-    hardware,
-    input_pipeline,
-    optimizers,
-    parallel,
-    resident,
-    steps,
-)
+from cifar_jax import augment, from_recipe, input_pipeline, optimizers, steps
 from cifar_jax.datasets import Dataset
 from cifar_jax.models import model_of
-from cifar_jax.resident import Placement
+from cifar_jax.parallel import hardware, placement, programs
+from cifar_jax.parallel.placement import Placement
 from cifar_jax.runtime.errors import lookup
 from cifar_jax.runtime.timing import Clock
 from cifar_jax.workdir import Config
@@ -99,7 +91,7 @@ class Run:
     @property
     def devices(self) -> int:
         """How many devices share a training batch."""
-        return parallel.sharing_a_batch(self.mesh)
+        return programs.sharing_a_batch(self.mesh)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -134,8 +126,8 @@ def make_run(config: Config, dataset: Dataset, options: Options, clock: Clock) -
     place, said = Placement(options.feed), None
     if place is Placement.RESIDENT:
         size = dataset.splits["train"].images.nbytes
-        devices = parallel.sharing_a_batch(mesh)
-        place, said = resident.place_for(size, devices, resident.device_memory())
+        devices = programs.sharing_a_batch(mesh)
+        place, said = placement.place_for(size, devices, placement.device_memory())
     evaluate, predict = from_recipe.inference_steps(recipe, model)
     return Run(
         config=config,
@@ -150,10 +142,10 @@ def make_run(config: Config, dataset: Dataset, options: Options, clock: Clock) -
         mesh=mesh,
         place=place,
         notices=[said] if said else [],
-        draw=parallel.compile_for_one_call(create, weights),
-        train_many=parallel.compile_training(step, mesh=mesh, remat=recipe.remat),
-        evaluate=parallel.compile_evaluation(evaluate, eval_mesh),
-        predict=parallel.compile_prediction(predict, eval_mesh),
+        draw=programs.compile_for_one_call(create, weights),
+        train_many=programs.compile_training(step, mesh=mesh, remat=recipe.remat),
+        evaluate=programs.compile_evaluation(evaluate, eval_mesh),
+        predict=programs.compile_prediction(predict, eval_mesh),
     )
 
 

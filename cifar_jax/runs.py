@@ -11,19 +11,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from cifar_jax import (
-    checks,
-    from_recipe,
-    input_pipeline,
-    parallel,
-    replicas,
-    report,
-    resident,
-    steps,
-    together,
-)
+from cifar_jax import checks, from_recipe, input_pipeline, replicas, report, steps
 from cifar_jax.input_pipeline import record_source
-from cifar_jax.resident import Examples, Placement
+from cifar_jax.parallel import agreement, placement, programs
+from cifar_jax.parallel.placement import Examples, Placement
 from cifar_jax.run import Run
 
 Print = Callable[[str], None]
@@ -45,7 +36,7 @@ class Arrays:
 
 
 class Chunk(NamedTuple):
-    """What a training program takes beside the state: see `parallel.train_many`."""
+    """What a training program takes beside the state: see `programs.train_many`."""
 
     examples: Examples
     batch_indices: jax.Array
@@ -84,7 +75,7 @@ class Runs:
 
     def empty_metrics(self) -> dict[str, jax.Array]:
         shape = () if self.alone else (len(self.members),)
-        return self.place(parallel.empty_metrics(*shape, self.run.steps_per_epoch))
+        return self.place(programs.empty_metrics(*shape, self.run.steps_per_epoch))
 
     def load(self) -> None:
         """Puts the training images on the devices, and what validation reads of them."""
@@ -95,9 +86,9 @@ class Runs:
             if place is Placement.STREAM and self.validates:  # its own images only, in their order
                 images, labels = images[run.validation], labels[run.validation]
                 validation = [np.arange(len(labels), dtype=np.int32)]
-                place = Placement.SPLIT if together.several() else Placement.RESIDENT
+                place = Placement.SPLIT if agreement.several() else Placement.RESIDENT
             if place is not Placement.STREAM:
-                self.examples = resident.put(images, labels, self.mesh, place)
+                self.examples = placement.put(images, labels, self.mesh, place)
         if self.validates:
             size = min(self.recipe.eval_batch_size, len(run.validation))
             self.validation = self.put(
@@ -110,7 +101,7 @@ class Runs:
         with clock:
             states = [member.create(initial=member.initial) for member in self.members]
             if self.alone:
-                states = [together.share(states[0])]
+                states = [agreement.share(states[0])]
                 self.say(checks.check_first_forward(self.run, states[0]))
             state = self.put(states)
         # No alias of the state: both are donated.
@@ -122,7 +113,7 @@ class Runs:
         payload = self.place(payload)
         return Arrays(payload["state"], payload["record"], payload.get("best", {}))
 
-    def chunks(self, epoch: int, step: int, lengths: parallel.Chunks) -> Iterator[Chunk]:
+    def chunks(self, epoch: int, step: int, lengths: programs.Chunks) -> Iterator[Chunk]:
         """Yields the rest of an epoch, as much at a time as `lengths` says."""
         run, size = self.run, self.recipe.batch_size
         orders = [
@@ -138,14 +129,14 @@ class Runs:
             for data, rows, length in input_pipeline.stream(
                 source, mine, step, lengths.streamed(size)
             ):
-                together.numbers(length)  # before a program on all devices, an error is told here
-                yield Chunk(*resident.put_chunk(data, rows, run.mesh), 0, step, length)
+                agreement.numbers(length)  # before a program on all devices, an error is told here
+                yield Chunk(*placement.put_chunk(data, rows, run.mesh), 0, step, length)
                 step += length
             return
         batch_indices = self.put(orders)
         while step < run.steps_per_epoch:
             length = lengths.next(run.steps_per_epoch - step)
-            length = int(together.numbers(length)[0, 0])
+            length = int(agreement.numbers(length)[0, 0])
             yield Chunk(self.examples, batch_indices, step, step, length)
             step += length
 
@@ -181,7 +172,7 @@ class OneRun(Runs):
         self.events: Callable[[dict], None] = lambda row: None
 
     def place(self, tree: Any) -> Any:
-        return resident.replicate(tree, self.mesh)
+        return placement.replicate(tree, self.mesh)
 
     def on_host(self, tree: Any) -> Any:
         return jax.tree.map(lambda x: np.array(x)[None], tree)

@@ -1,7 +1,7 @@
 """The steps: pure, undecorated functions from arrays to arrays.
 
 They hold no jit, no mesh and no global state, so the same function runs under jit with
-shardings, pmap, shard_map, vmap and scan; `cifar_jax.parallel` is where that is applied.
+shardings, pmap, shard_map, vmap and scan; `cifar_jax.parallel.programs` is where that is applied.
 A batch is `{"image": uint8 or float [B, H, W, 3], "label": int32 [B]}` with an optional
 `"mask"` [B] (1 counts, 0 is padding). Metrics are sums under the mask and their count.
 """

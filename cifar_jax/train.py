@@ -144,7 +144,8 @@ def main(arguments: Sequence[str] | None = None, say=print) -> dict:
     """Parses, trains, tests, reports. Returns what `summary.json` holds. Raises `UserError`."""
     options = make_parser().parse(arguments)
     recipe_name, recipe = cli.recipe_from(options)
-    from cifar_jax import hosts, input_pipeline
+    from cifar_jax import input_pipeline
+    from cifar_jax.parallel import distributed
 
     if options.feed not in input_pipeline.FEEDS:
         raise UserError(
@@ -154,8 +155,8 @@ def main(arguments: Sequence[str] | None = None, say=print) -> dict:
         raise UserError(f"--save-minutes must be above 0, got {options.save_minutes:g}")
     cli.check_replica_options(options)
     where = (options.coordinator, options.num_processes, options.process_id)
-    apart = hosts.numbered(*where) if options.seeds else None
-    with nullcontext() if apart else hosts.joined(*where):
+    apart = distributed.numbered(*where) if options.seeds else None
+    with nullcontext() if apart else distributed.joined(*where):
         alone = arguments is None and not options.seeds  # nothing else is trained in this process
         cli.start_device(options, recipe if alone else None)
         words = sys.argv[1:] if arguments is None else arguments
@@ -164,12 +165,12 @@ def main(arguments: Sequence[str] | None = None, say=print) -> dict:
 
 def _as_one(options, recipe_name, recipe, words: Sequence[str], say, apart) -> dict:
     """`_main` in each of several processes; the leader alone prints and has the run directory."""
-    from cifar_jax import together
+    from cifar_jax.parallel import agreement
 
     if apart:  # every process writes the directories of its own runs
         said = say if apart.leads else apart.warn
         return _main(options, recipe_name, recipe, words, said, apart)
-    if together.is_leader():
+    if agreement.is_leader():
         return _main(options, recipe_name, recipe, words, say)
     options.no_plots, options.tensorboard, options.overwrite = True, False, False
     with tempfile.TemporaryDirectory() as scratch:
@@ -178,17 +179,9 @@ def _as_one(options, recipe_name, recipe, words: Sequence[str], say, apart) -> d
 
 
 def _main(options, recipe_name, recipe, words: Sequence[str], say, apart=None) -> dict:
-    from cifar_jax import (
-        finish,
-        initial,
-        many,
-        many_finish,
-        replicas,
-        shared_workdir,
-        together,
-        training,
-    )
+    from cifar_jax import finish, initial, many, many_finish, replicas, shared_workdir, training
     from cifar_jax.from_recipe import input_shape
+    from cifar_jax.parallel import agreement
     from cifar_jax.run import Options, make_run
     from cifar_jax.runtime.timing import Clock
     from cifar_jax.workdir import Config, describe_data, open_workdir
@@ -221,7 +214,7 @@ def _main(options, recipe_name, recipe, words: Sequence[str], say, apart=None) -
         notices = [*start.notices, ""]
     name = default_name(dataclasses.replace(run.config, recipe=asked), options.image_size)
     workdir = absolute(options.workdir or f"runs/{name}")
-    settings = together.settings(run)
+    settings = agreement.settings(run)
     opening = [*finish.opening_lines(run, workdir), *notices]
     if seeds:
         settings |= {"replica form": form, "group size": options.group_size}
@@ -232,20 +225,20 @@ def _main(options, recipe_name, recipe, words: Sequence[str], say, apart=None) -
         shown = many_finish.results_text
         opened = functools.partial(shared_workdir.open_shared, process=apart, settings=settings)
     else:
-        together.check_same(settings)
+        agreement.check_same(settings)
         shown, opened = finish.results_text, open_workdir
     with opened(workdir, run.config, overwrite=options.overwrite) as resume:
-        resume = together.from_leader(resume)
-        summary = together.by_leader(lambda: _complete(workdir, shown, say) if resume else None)
+        resume = agreement.from_leader(resume)
+        summary = agreement.by_leader(lambda: _complete(workdir, shown, say) if resume else None)
         if summary is not None:
             return summary
-        for line in opening if together.is_leader() else ():
+        for line in opening if agreement.is_leader() else ():
             say(line)
         with interruptible("cifar_jax.train", _again(words, workdir), say) as stop:
             if seeds:
                 stop = shared_workdir.relayed(stop, workdir, apart)
                 return many.train_and_test(run, plan, workdir, stop, say)
-            state, trained = training.train(run, workdir, together.any_of(stop), say, resume)
+            state, trained = training.train(run, workdir, agreement.any_of(stop), say, resume)
         return finish.finish(run, workdir, state, trained, say)
 
 

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from cifar_jax import optimizers, parallel, report, steps, together
+from cifar_jax import optimizers, report, steps
+from cifar_jax.parallel import agreement, programs
 from cifar_jax.progress import Progress
 from cifar_jax.records import MetricsLog, TensorBoardLog, read_metrics
 from cifar_jax.run import Run
@@ -66,10 +67,10 @@ class Loop:
         self.runs, self.run, self.recipe = runs, runs.run, runs.recipe
         self.stop, self.bar = stop, bar
         self.steps = self.run.steps_per_epoch
-        self.lengths = parallel.Chunks(self.steps, seconds=runs.chunk_seconds)
+        self.lengths = programs.Chunks(self.steps, seconds=runs.chunk_seconds)
         self.saved_at = time.monotonic()
         self.log = MetricsLog(folder / "metrics.jsonl")
-        self.checkpoints = together.open_checkpoints(folder / "checkpoints")
+        self.checkpoints = agreement.open_checkpoints(folder / "checkpoints")
 
     def __enter__(self) -> Loop:
         return self
@@ -153,7 +154,7 @@ class Loop:
         self._log_windows(at, metrics, before)
         signal = self.stop()
         due = time.monotonic() - self.saved_at > 60 * self.run.options.save_minutes
-        due = bool(together.numbers(due)[0, 0])
+        due = bool(agreement.numbers(due)[0, 0])
         if at.step < self.steps and (signal or due):
             self._save(at, block=bool(signal))
             if signal:
@@ -203,7 +204,7 @@ class Loop:
                 rates[recipe] = optimizers.learning_rate(recipe, self.steps, step - 1)
             values = report.epoch_row(
                 {name: column[i] for name, column in metrics.items()},
-                sums and {name: sums[name][i] for name in parallel.METRICS},
+                sums and {name: sums[name][i] for name in programs.METRICS},
                 epoch=at.epoch,
                 step=step,
                 learning_rate=rates[recipe],
@@ -260,7 +261,7 @@ def train(
       UserError: non-finite loss, a full disk, or no good checkpoint among those there.
     """
     recipe = run.config.recipe
-    with Progress(recipe.epochs * len(run.training), shown=together.is_leader()) as bar:
+    with Progress(recipe.epochs * len(run.training), shown=agreement.is_leader()) as bar:
         printer = bar.print if say is print else say
         runs = OneRun(run, printer)
         with Loop(runs, workdir, stop, bar) as loop:

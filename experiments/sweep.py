@@ -100,9 +100,9 @@ def main(arguments: Sequence[str] | None = None, say=print) -> dict:
     name, recipe, varied, points = plan_of(options)
     if not options.save_minutes > 0:
         raise UserError(f"--save-minutes must be above 0, got {options.save_minutes:g}")
-    from cifar_jax import hosts
+    from cifar_jax.parallel import distributed
 
-    process = hosts.numbered(options.coordinator, options.num_processes, options.process_id)
+    process = distributed.numbered(options.coordinator, options.num_processes, options.process_id)
     cli.start_device(options)
     words = sys.argv[1:] if arguments is None else arguments
     tell = say if process.leads else process.warn
@@ -113,7 +113,8 @@ def _main(
     options, name: str, recipe: Recipe, varied, points, words: Sequence[str], say, process
 ) -> dict:
     """`main` in each of the processes, of which the leader alone prints and reports."""
-    from cifar_jax import shared_workdir, together
+    from cifar_jax import shared_workdir
+    from cifar_jax.parallel import agreement
     from cifar_jax.train import interruptible
     from cifar_jax.workdir import Config, describe_data
 
@@ -131,7 +132,7 @@ def _main(
     sweep = Sweep(config, dataset, varied, points, options, process)
     settings = {
         **config.to_dict(),
-        **together.machine(),
+        **agreement.machine(),
         "group size": options.group_size,
         "replica form": sweep.form,
         "convolutions": sweep.run_options.lowering,

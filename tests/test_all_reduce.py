@@ -8,8 +8,8 @@ import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from cifar_jax import hardware
 from cifar_jax.ops.all_reduce import TOGETHER, sum_over
+from cifar_jax.parallel import hardware
 
 AXIS = hardware.AXIS
 

@@ -9,7 +9,8 @@ import jax
 import pytest
 from tiny_data import python
 
-from cifar_jax import from_recipe, hardware
+from cifar_jax import from_recipe
+from cifar_jax.parallel import hardware
 from cifar_jax.recipes import RECIPES
 from cifar_jax.runtime.environment import usable_cores
 from cifar_jax.runtime.errors import UserError
@@ -30,7 +31,7 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 import jax
 import jax.extend
 from jax._src import hardware_utils, xla_bridge
-from cifar_jax import hardware
+from cifar_jax.parallel import hardware
 from cifar_jax.runtime.errors import UserError
 
 class Card:
@@ -119,7 +120,7 @@ def test_only_the_smallest_steps_are_computed_by_one_thread():
 PROBE = """
 import collections, os, sys
 import jax
-from cifar_jax import hardware
+from cifar_jax.parallel import hardware
 hardware.select_platform("cpu", threads=1)
 jax.block_until_ready(jax.jit(lambda x: x @ x)(jax.numpy.ones((8, 8))))
 names = [open(f"/proc/self/task/{t}/comm").read().strip() for t in os.listdir("/proc/self/task")]

@@ -18,7 +18,8 @@ from hosts_support import Processes, free_port, until_saved
 from jax.experimental import multihost_utils
 from tiny_data import rows_of, states_of, tiny, words
 
-from cifar_jax import hardware, hosts, input_pipeline, resident, together, train
+from cifar_jax import input_pipeline, train
+from cifar_jax.parallel import agreement, distributed, hardware, placement
 from cifar_jax.runtime.errors import UserError
 
 __all__ = ["tiny"]
@@ -83,7 +84,7 @@ def test_a_killed_process_ends_the_others_and_the_run_goes_on(killed, tiny, fold
     began = time.monotonic()
     left = processes.running[1 - killed]
     status = left.wait(120)
-    assert time.monotonic() - began < hosts.HEARTBEAT_SECONDS + 15
+    assert time.monotonic() - began < distributed.HEARTBEAT_SECONDS + 15
     said = processes.wait()[1]
     assert any("the same commands to go on from the last checkpoint" in line for line in said[0])
     if status == -signal.SIGABRT:  # JAX was first to know; always where the coordinator is gone
@@ -194,7 +195,9 @@ def test_one_process_alone_gives_up_waiting_for_the_other(tiny, folder, tmp_path
     assert time.monotonic() - began < 60 + 10, "60 s and the start of Python"
     waiting, said = processes.wait()[1][0]
     where = f"(coordinator 127.0.0.1:{port})"
-    assert waiting.startswith(f"Waiting up to {hosts.JOIN_SECONDS} s for all processes {where}; ")
+    assert waiting.startswith(
+        f"Waiting up to {distributed.JOIN_SECONDS} s for all processes {where}; "
+    )
     assert said.startswith(f"error: not all processes came together within 50 s {where}")
 
 
@@ -220,28 +223,30 @@ def test_wrong_flags(flags, said, tmp_path):
 
 
 def test_a_coordinator_that_does_not_answer(monkeypatch):
-    assert hosts.JOIN_SECONDS + 5 < 60
-    monkeypatch.setattr(hosts, "JOIN_SECONDS", 0.5)
+    assert distributed.JOIN_SECONDS + 5 < 60
+    monkeypatch.setattr(distributed, "JOIN_SECONDS", 0.5)
     port = free_port()
     began = time.monotonic()
     with (
         pytest.raises(UserError, match=rf"no coordinator answers at 127.0.0.1:{port}: tried"),
-        hosts.joined(f"127.0.0.1:{port}", 2, 1),
+        distributed.joined(f"127.0.0.1:{port}", 2, 1),
     ):
         pass
     assert time.monotonic() - began < 5
 
 
 def test_what_starts_several_processes_is_noticed(monkeypatch):
-    assert hosts.cluster({}) is None
-    assert hosts.cluster({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "8"}) is None, "no step of srun"
-    assert hosts.cluster({"SLURM_STEP_NUM_TASKS": "1"}) is None
-    assert hosts.cluster({"SLURM_STEP_NUM_TASKS": "8"}) == "SLURM"
-    assert hosts.cluster({"OMPI_COMM_WORLD_SIZE": "2"}) == "Open MPI"
-    assert hosts.cluster({"OMPI_COMM_WORLD_SIZE": "1"}) is None
-    assert hosts.cluster({"TPU_WORKER_HOSTNAMES": "localhost"}) is None
-    assert hosts.cluster({"TPU_WORKER_HOSTNAMES": "a,b"}) == "Cloud TPU"
-    assert hosts.cluster({"MEGASCALE_NUM_SLICES": "2"}) == "Cloud TPU"
+    assert distributed.cluster({}) is None
+    assert distributed.cluster({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "8"}) is None, (
+        "no step of srun"
+    )
+    assert distributed.cluster({"SLURM_STEP_NUM_TASKS": "1"}) is None
+    assert distributed.cluster({"SLURM_STEP_NUM_TASKS": "8"}) == "SLURM"
+    assert distributed.cluster({"OMPI_COMM_WORLD_SIZE": "2"}) == "Open MPI"
+    assert distributed.cluster({"OMPI_COMM_WORLD_SIZE": "1"}) is None
+    assert distributed.cluster({"TPU_WORKER_HOSTNAMES": "localhost"}) is None
+    assert distributed.cluster({"TPU_WORKER_HOSTNAMES": "a,b"}) == "Cloud TPU"
+    assert distributed.cluster({"MEGASCALE_NUM_SLICES": "2"}) == "Cloud TPU"
 
     # A machine with TPU chips asks its metadata server.
     def answer(request, timeout):
@@ -251,9 +256,9 @@ def test_what_starts_several_processes_is_noticed(monkeypatch):
 
     monkeypatch.setattr(urllib.request, "urlopen", answer)
     monkeypatch.setattr(os.path, "exists", lambda path: True)
-    monkeypatch.setattr(hosts.importlib.util, "find_spec", lambda name: True)
-    assert hosts.cluster({"GCE_METADATA_IP": "10.0.0.1"}) == "Cloud TPU"
-    assert hosts.cluster({"GCE_METADATA_IP": "10.0.0.1", "JAX_PLATFORMS": "cpu"}) is None
+    monkeypatch.setattr(distributed.importlib.util, "find_spec", lambda name: True)
+    assert distributed.cluster({"GCE_METADATA_IP": "10.0.0.1"}) == "Cloud TPU"
+    assert distributed.cluster({"GCE_METADATA_IP": "10.0.0.1", "JAX_PLATFORMS": "cpu"}) is None
 
 
 def test_workers_of_a_tpu_do_not_train_apart(monkeypatch, tmp_path):
@@ -286,17 +291,17 @@ def test_workers_of_a_tpu_do_not_train_apart(monkeypatch, tmp_path):
 )
 def test_processes_of_many_runs_know_their_number(environ, flags, want, gpus, monkeypatch):
     taken = {}
-    monkeypatch.setattr(hosts.jax.config, "update", taken.__setitem__)
+    monkeypatch.setattr(distributed.jax.config, "update", taken.__setitem__)
     for name, value in environ.items():
         monkeypatch.setenv(name, value)
-    assert hosts.numbered(**flags) == hosts.Process(*want)
+    assert distributed.numbered(**flags) == distributed.Process(*want)
     assert taken.get("jax_cuda_visible_devices") == gpus
 
 
 def test_one_process_stays_alone_where_that_is_asked(monkeypatch):
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
-    with hosts.joined(processes=1):
-        assert not together.several()
+    with distributed.joined(processes=1):
+        assert not agreement.several()
 
 
 @pytest.mark.parametrize(
@@ -317,7 +322,7 @@ def test_a_variable_that_is_left_over_is_named_with_the_way_out(name, found, mon
     monkeypatch.setenv(*found.split("="))
     monkeypatch.setattr(jax.config, "update", lambda *_: None)
     monkeypatch.setattr(jax.distributed, "initialize", nobody_else)
-    with pytest.raises(UserError) as refused, hosts.joined():
+    with pytest.raises(UserError) as refused, distributed.joined():
         pass
     out = "start all of them, or give --num-processes 1 if this one is alone"
     why = f"{name}: {found}"
@@ -329,8 +334,8 @@ def test_a_variable_that_is_left_over_is_named_with_the_way_out(name, found, mon
 def test_differences_are_named():
     a = {"recipe": {"epochs": 2, "augment": ["flip"]}, "versions": {"jax": "0.10.2"}, "seed": 1}
     b = {"recipe": {"epochs": 3, "augment": ["flip"]}, "versions": {"jax": "0.10.1"}, "seed": 1}
-    assert together.differences(a, a) == []
-    assert together.differences(a, b) == [
+    assert agreement.differences(a, a) == []
+    assert agreement.differences(a, b) == [
         "recipe.epochs: 2 in process 0, 3 in it",
         "versions.jax: 0.10.2 in process 0, 0.10.1 in it",
     ]
@@ -363,36 +368,36 @@ def three(monkeypatch):
             return list(pool.map(one, [function] * 3, range(3))), list(rounds)
 
     monkeypatch.setattr(multihost_utils, "process_allgather", gather)
-    monkeypatch.setattr(hosts.jax, "process_count", lambda: 3)
-    monkeypatch.setattr(hosts.jax, "process_index", lambda: here.index)
+    monkeypatch.setattr(distributed.jax, "process_count", lambda: 3)
+    monkeypatch.setattr(distributed.jax, "process_index", lambda: here.index)
     return play
 
 
 def test_what_goes_round_comes_back_whatever_its_length(three):
     values = [[1, 2], None, {"a": "short"}]
-    assert three(lambda i: hosts.exchange(values[i])) == ([values] * 3, [1024])
+    assert three(lambda i: distributed.exchange(values[i])) == ([values] * 3, [1024])
     values[1] = "é" * 3000
-    found, rounds = three(lambda i: hosts.exchange(values[i]))
+    found, rounds = three(lambda i: distributed.exchange(values[i]))
     assert found == [values] * 3
     assert len(rounds) == 2
-    assert three(lambda i: together.from_leader(f"{i}"))[0] == ["0"] * 3
-    assert three(lambda i: together.by_leader(lambda: 7 + i))[0] == [7] * 3
-    found, _ = three(lambda i: together.numbers(i, i == 2).tolist())
+    assert three(lambda i: agreement.from_leader(f"{i}"))[0] == ["0"] * 3
+    assert three(lambda i: agreement.by_leader(lambda: 7 + i))[0] == [7] * 3
+    found, _ = three(lambda i: agreement.numbers(i, i == 2).tolist())
     assert found == [[[0, 0], [1, 0], [2, 1]]] * 3
-    assert three(lambda i: together.any_of(lambda: 15 if i == 1 else None)())[0] == [15] * 3
+    assert three(lambda i: agreement.any_of(lambda: 15 if i == 1 else None)())[0] == [15] * 3
 
 
 def test_an_error_of_one_is_told_at_the_next_exchange(three, monkeypatch):
-    monkeypatch.setattr(hosts.jax.distributed, "initialize", lambda **_: None)
-    monkeypatch.setattr(hosts, "_wait_for_coordinator", lambda _: None)
-    monkeypatch.setattr(hosts.jax.config, "update", lambda *_: None)
+    monkeypatch.setattr(distributed.jax.distributed, "initialize", lambda **_: None)
+    monkeypatch.setattr(distributed, "_wait_for_coordinator", lambda _: None)
+    monkeypatch.setattr(distributed.jax.config, "update", lambda *_: None)
 
     def process(index, failing, at_end):
-        with hosts.joined("a:1", 3, index):
+        with distributed.joined("a:1", 3, index):
             if index == failing:
                 raise UserError("the disk is full")
             for _ in range(not at_end):
-                hosts.exchange(index)
+                distributed.exchange(index)
 
     for failing, at_end in ((0, False), (2, False), (1, True)):
         found, _ = three(lambda i: process(i, failing, at_end))  # noqa: B023 - called here
@@ -402,12 +407,12 @@ def test_an_error_of_one_is_told_at_the_next_exchange(three, monkeypatch):
 
 
 def test_one_process_gives_itself_what_it_asks():
-    assert together.is_leader()
-    assert not together.several()
-    assert together.from_leader({"a": 1}) == {"a": 1}
-    assert together.numbers(3, 4).tolist() == [[3, 4]]
-    assert together.any_of(lambda: None)() is None
-    assert together.any_of(lambda: 15)() == 15
+    assert agreement.is_leader()
+    assert not agreement.several()
+    assert agreement.from_leader({"a": 1}) == {"a": 1}
+    assert agreement.numbers(3, 4).tolist() == [[3, 4]]
+    assert agreement.any_of(lambda: None)() is None
+    assert agreement.any_of(lambda: 15)() == 15
 
 
 def test_a_process_reads_its_own_columns_of_an_order():
@@ -421,7 +426,7 @@ def test_a_process_reads_its_own_columns_of_an_order():
     rows = np.where(parts[0] >= 0, np.arange(18, dtype=np.int32).reshape(3, 6), -1)
     labels = parts[0].reshape(-1)
     chunk = {"image": labels, "label": labels}
-    data, positions = resident.put_chunk(chunk, rows.astype(np.int32), mesh)
+    data, positions = placement.put_chunk(chunk, rows.astype(np.int32), mesh)
     for i, (held, asked) in enumerate(
         zip(data.label.addressable_shards, positions.addressable_shards, strict=True)
     ):

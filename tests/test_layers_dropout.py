@@ -11,8 +11,8 @@ import optax
 import pytest
 from quick import jit
 
-from cifar_jax.device_steps import pmap_train_step, shard_map_train_step
 from cifar_jax.models.layers import Dropout, dropout_mask, random_words
+from cifar_jax.parallel.data_parallel import pmap_train_step, shard_map_train_step
 from cifar_jax.steps import create_state, train_step
 
 SHAPE = (64, 1024)

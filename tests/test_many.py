@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 from tiny_data import SIZES, rows_of, small, states_of, summary_of, tiny, words
 
-from cifar_jax import convert, evaluate, group_size, many_finish, parallel, predict, recipes, train
+from cifar_jax import convert, evaluate, group_size, many_finish, predict, recipes, train
+from cifar_jax.parallel import programs
 from cifar_jax.recipes import RECIPES
 from cifar_jax.run import Run
 from cifar_jax.runtime.errors import UserError, run_command
@@ -173,7 +174,7 @@ def test_killed_or_stopped_it_goes_on_to_the_same_bits(group, tiny, tmp_path, mo
     with monkeypatch.context() as patched:
         patched.setattr(train, "stop_requests", killed_later)
         # Few steps a chunk, so that there is a middle.
-        patched.setattr(parallel.Chunks, "next", lambda chunks, left: min(left, 2))
+        patched.setattr(programs.Chunks, "next", lambda chunks, left: min(left, 2))
         with pytest.raises(Killed):
             train.main(arguments, say=said.append)
     assert any("2 of up to 2 runs, one after another" in line for line in said)
@@ -188,7 +189,7 @@ def test_killed_or_stopped_it_goes_on_to_the_same_bits(group, tiny, tmp_path, mo
         return lengths[-1]
 
     with monkeypatch.context() as patched:
-        patched.setattr(parallel.Chunks, "next", asked_to_stop)
+        patched.setattr(programs.Chunks, "next", asked_to_stop)
         with pytest.raises(SystemExit) as stopped:
             train.main(arguments, say=said.append)
     assert "Going on from step 9 (epoch 2, step 2)" in said

@@ -11,7 +11,7 @@ from quick import jit
 from scipy import stats
 
 from cifar_jax.models import MODELS, make_model
-from cifar_jax.parallel import compile_for_one_call
+from cifar_jax.parallel.programs import compile_for_one_call
 from cifar_jax.runtime.errors import UserError
 
 # Layer by layer from the write-ups: kernel shape; its product and last entry (the biases) add up.

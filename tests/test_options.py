@@ -11,18 +11,10 @@ import pytest
 from quick import jit
 from tiny_data import tiny, words
 
-from cifar_jax import (
-    augment,
-    evaluate,
-    from_recipe,
-    inference,
-    input_pipeline,
-    optimizers,
-    parallel,
-    train,
-)
+from cifar_jax import augment, evaluate, from_recipe, inference, input_pipeline, optimizers, train
 from cifar_jax.models.layers import Dense, Dropout, Flatten
 from cifar_jax.optimizers import make_optimizer
+from cifar_jax.parallel import programs as parallel_programs
 from cifar_jax.recipes import Recipe
 from cifar_jax.runtime.errors import UserError
 from cifar_jax.steps import create_state, make_preprocess, predict_step, train_step
@@ -278,16 +270,16 @@ def test_a_cpu_cuts_large_batches_of_small_networks_by_itself():
         assert_close(new.params, jit(plain)(state, batch)[0].params, rtol=1e-4, atol=1e-5)
         uncompiled = from_recipe.step_of(recipe, Tiny(), 4)
         assert ("scan[" in str(jax.make_jaxpr(uncompiled)(state, batch))) == loops
-    assert [parallel.microbatches(size, state) for size in (1, 63, 65, 255, 512)] == [
+    assert [parallel_programs.microbatches(size, state) for size in (1, 63, 65, 255, 512)] == [
         1,
         1,
         2,
         2,
         16,
     ]
-    assert parallel.microbatches(65, programs(recipe, Normalised())[0]) == 1
+    assert parallel_programs.microbatches(65, programs(recipe, Normalised())[0]) == 1
     wide = jax.eval_shape(lambda: {"w": jnp.zeros((2048, 2048))})  # 4.2 million weights
-    assert parallel.microbatches(512, state.replace(params=wide)) == 1
+    assert parallel_programs.microbatches(512, state.replace(params=wide)) == 1
 
 
 def test_parts_normalise_by_themselves_in_order():

@@ -12,14 +12,15 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from quick import jit
 
-from cifar_jax import input_pipeline, parallel, resident
-from cifar_jax.device_steps import (
+from cifar_jax import input_pipeline
+from cifar_jax.models.layers import ConvRelu, Dense, Dropout, Flatten
+from cifar_jax.parallel import placement, programs
+from cifar_jax.parallel.data_parallel import (
     pmap_eval_step,
     pmap_train_step,
     shard_map_eval_step,
     shard_map_train_step,
 )
-from cifar_jax.models.layers import ConvRelu, Dense, Dropout, Flatten
 from cifar_jax.steps import create_state, eval_step, make_preprocess, predict_step, train_step
 
 BATCH, STEPS = 8, 2
@@ -211,7 +212,9 @@ def small_step(counter):
 @pytest.fixture
 def small_data():
     rng = np.random.default_rng(0)
-    return resident.put(rng.integers(0, 256, (50, 4, 4, 3), np.uint8), rng.integers(0, 5, 50), None)
+    return placement.put(
+        rng.integers(0, 256, (50, 4, 4, 3), np.uint8), rng.integers(0, 5, 50), None
+    )
 
 
 def run_chunks(program, data, lengths, epochs=1):
@@ -220,7 +223,7 @@ def run_chunks(program, data, lengths, epochs=1):
         order = input_pipeline.epoch_order(
             jax.random.key(0), epoch, np.arange(50, dtype=np.int32), 4
         )
-        metrics, at = parallel.empty_metrics(len(order)), 0
+        metrics, at = programs.empty_metrics(len(order)), 0
         for length in lengths:
             changing = (weights, metrics)
             weights, metrics = program(changing, data, jnp.asarray(order), at, at, length)
@@ -232,7 +235,7 @@ def run_chunks(program, data, lengths, epochs=1):
 
 def test_chunks_equal_a_loop_over_steps_and_each_other(small_data):
     step = small_step([])
-    program = parallel.compile_training(step, static_length=False)
+    program = programs.compile_training(step, static_length=False)
     weights, (record,) = run_chunks(program, small_data, [13])
     again, (record_again,) = run_chunks(program, small_data, [1, 5, 2, 4, 1])
     np.testing.assert_array_equal(again, weights)
@@ -242,7 +245,7 @@ def test_chunks_equal_a_loop_over_steps_and_each_other(small_data):
     plain, single = jnp.zeros((48, 5)), jax.jit(step)
     for i, row in enumerate(order):
         plain, sums = single(plain, small_data.take(row))
-        for name in parallel.METRICS:
+        for name in programs.METRICS:
             assert record[name][i] == pytest.approx(float(sums[name]), rel=1e-5)
     np.testing.assert_allclose(plain, weights, rtol=1e-5, atol=1e-7)
     assert record["count"].tolist() == [4] * 12 + [2]
@@ -250,7 +253,7 @@ def test_chunks_equal_a_loop_over_steps_and_each_other(small_data):
 
 def test_a_cpu_traces_a_step_once_for_all_chunks_and_epochs(small_data):
     counter = []
-    program = parallel.compile_training(small_step(counter), static_length=False)
+    program = programs.compile_training(small_step(counter), static_length=False)
     run_chunks(program, small_data, [1, 5, 2, 4, 1], epochs=3)
     assert len(counter) == 1
     assert program.jitted._cache_size() == 1
@@ -258,16 +261,16 @@ def test_a_cpu_traces_a_step_once_for_all_chunks_and_epochs(small_data):
 
 def test_static_lengths_are_a_program_each(small_data):
     counter = []
-    program = parallel.compile_training(small_step(counter), static_length=True)
+    program = programs.compile_training(small_step(counter), static_length=True)
     weights, _ = run_chunks(program, small_data, [5, 5, 3], epochs=3)
     assert program.jitted._cache_size() == 2
-    flexible = parallel.compile_training(small_step([]), static_length=False)
+    flexible = programs.compile_training(small_step([]), static_length=False)
     want, _ = run_chunks(flexible, small_data, [13], epochs=3)
     np.testing.assert_allclose(weights, want, rtol=1e-5, atol=1e-7)
 
 
 def test_chunk_lengths_cover_an_epoch_and_follow_the_speed():
-    chunks = parallel.Chunks(2000, seconds=0.3)
+    chunks = programs.Chunks(2000, seconds=0.3)
     assert chunks.next(2000) == 1
     left, lengths = 2000, []
     while left:
@@ -286,6 +289,6 @@ def test_prediction_maps_over_batches():
     images = np.random.default_rng(0).integers(0, 256, (2, 21, *SHAPE), np.uint8)
     variables = {"params": start().params}
     step = functools.partial(predict_step, model=Network(lowering="lax"))
-    got = parallel.compile_prediction(step)(variables, images)
+    got = programs.compile_prediction(step)(variables, images)
     assert got.shape == (2, 21, 10)
     np.testing.assert_allclose(got[1], jax.jit(step)(variables, images[1]), atol=1e-5)

@@ -20,7 +20,7 @@ from cifar_jax.augment import NORMALIZATIONS  # noqa: E402
 from cifar_jax.models import MODELS  # noqa: E402
 from cifar_jax.ops.convolution import LOWERINGS  # noqa: E402
 from cifar_jax.optimizers import make_optimizer  # noqa: E402
-from cifar_jax.parallel import compiler_options  # noqa: E402
+from cifar_jax.parallel.programs import compiler_options  # noqa: E402
 from cifar_jax.recipes import RECIPES, Recipe  # noqa: E402
 from cifar_jax.runtime.errors import UserError  # noqa: E402
 from cifar_jax.steps import (  # noqa: E402

@@ -10,9 +10,10 @@ import optax
 import pytest
 from quick import jit
 
-from cifar_jax import parallel, steps
+from cifar_jax import steps
 from cifar_jax.models import MODELS, model_of
 from cifar_jax.models.layers import BatchNorm, Dense, block
+from cifar_jax.parallel import programs
 from cifar_jax.recipes import Recipe
 from cifar_jax.runtime.errors import UserError
 
@@ -53,7 +54,7 @@ def test_rematerialising_saves_memory_and_changes_nothing():
             step = functools.partial(
                 steps.train_step, model=model, optimizer=optimizer, preprocess=prepare
             )
-            step = jax.jit(step, compiler_options=parallel.compiler_options(remat))
+            step = jax.jit(step, compiler_options=programs.compiler_options(remat))
             compiled = step.lower(state, batch).compile()
             after = compiled(state, batch)[0]
             memory = compiled.memory_analysis().temp_size_in_bytes

@@ -12,10 +12,11 @@ import pytest
 from quick import jit
 from tiny_data import Small
 
-from cifar_jax import from_recipe, group_size, input_pipeline, parallel, replicas, resident
+from cifar_jax import from_recipe, group_size, input_pipeline, replicas
 from cifar_jax.models.layers import Dense, Dropout, Flatten
+from cifar_jax.parallel import placement, programs
+from cifar_jax.parallel.placement import Examples
 from cifar_jax.recipes import RECIPES
-from cifar_jax.resident import Examples
 from cifar_jax.runtime.errors import UserError
 from cifar_jax.runtime.timing import Clock, compile_seconds
 from cifar_jax.steps import create_state, eval_step, train_step
@@ -43,7 +44,7 @@ def step_of(lowering="gemm"):
 @functools.cache
 def draw():
     create = from_recipe.state_maker(RECIPE, Small(), STEPS, (32, 32, 3))
-    return parallel.compile_for_one_call(create)
+    return programs.compile_for_one_call(create)
 
 
 @functools.cache
@@ -63,10 +64,10 @@ def start(seed):
 @functools.cache
 def alone():
     """(params, record) of each seed's single run."""
-    single, runs = parallel.compile_training(step_of()), []
+    single, runs = programs.compile_training(step_of()), []
     for seed in SEEDS:
         state, order = start(seed)
-        changing = (state, parallel.empty_metrics(STEPS))
+        changing = (state, programs.empty_metrics(STEPS))
         state, record = single(changing, data(), order, 0, 0, STEPS)
         runs.append(jax.device_get((state.params, record)))
     return runs
@@ -78,7 +79,7 @@ def own(mesh, spoil=None):
     if spoil is not None:
         bad = jax.tree.map(lambda x: x * np.float32(1e25), states[spoil].params)
         states[spoil] = states[spoil].replace(params=bad)
-    metrics = parallel.empty_metrics(len(SEEDS), STEPS)
+    metrics = programs.empty_metrics(len(SEEDS), STEPS)
     changing = (replicas.stack(states), metrics, np.ones(len(SEEDS), bool))
     return replicas.split_evenly((changing, np.stack(orders)), mesh)
 
@@ -96,7 +97,7 @@ def trained(form, spoil=None):
     Clock()  # from here on compilation is counted
     mesh, run = program(form)
     changing, orders = own(mesh, spoil)
-    shared = resident.replicate(data(), mesh)
+    shared = placement.replicate(data(), mesh)
     first = 2 if form == "vmap" else 3
     changing = run(changing, shared, orders, 0, 0, first)
     compiled = compile_seconds()
@@ -133,20 +134,20 @@ def test_devices_along_both_axes_of_the_mesh(form):
     mesh = replicas.replica_mesh("6", len(SEEDS))
     assert dict(mesh.shape) == {"replica": 3, "data": 2}
     assert replicas.describe_mesh(mesh) == "on 6 devices, 2 to share each batch"
-    metrics = parallel.empty_metrics(len(SEEDS), len(orders[0]))
+    metrics = programs.empty_metrics(len(SEEDS), len(orders[0]))
     changing = (replicas.stack(states), metrics, np.ones(3, bool))
     changing, order = replicas.split_evenly((changing, np.stack(orders)), mesh)
     run = replicas.compile_training(step, form, mesh, static_length=form == "vmap")
-    shared = resident.replicate(data(), mesh)
+    shared = placement.replicate(data(), mesh)
     state, record, alive = run(changing, shared, order, 0, 0, len(orders[0]))
     assert alive.all()
     evaluate = replicas.compile_evaluation(functools.partial(eval_step, model=model), mesh)
     sums = evaluate({"params": state.params}, shared, order)
     assert sums["count"].tolist() == [16] * 3, "padding counts nowhere"
-    single = parallel.compile_training(step)
+    single = programs.compile_training(step)
     for i, seed in enumerate(SEEDS):
         start = jit(create)(jax.random.key(seed))
-        changing = (start, parallel.empty_metrics(len(orders[0])))
+        changing = (start, programs.empty_metrics(len(orders[0])))
         want, rows = single(changing, data(), orders[i], 0, 0, len(orders[0]))
         got = jax.tree.map(lambda x, i=i: x[i], (state.params, record))
         for mine, theirs in zip(
@@ -184,7 +185,7 @@ def lowered(form, asked):
     step = step_of(replicas.choose_lowering(form, asked))
     run = replicas.compile_training(step, form, mesh)
     changing, orders = own(mesh)
-    args = (changing, {}, resident.replicate(data(), mesh), orders, np.int32(0), np.int32(0))
+    args = (changing, {}, placement.replicate(data(), mesh), orders, np.int32(0), np.int32(0))
     return run.jitted.lower(*args, length=np.int32(1)).as_text()
 
 

@@ -8,9 +8,10 @@ import numpy as np
 import optax
 import pytest
 
-from cifar_jax import hardware, input_pipeline, parallel, resident
+from cifar_jax import input_pipeline
 from cifar_jax.models.layers import Dense, Dropout
-from cifar_jax.resident import Placement
+from cifar_jax.parallel import hardware, placement, programs
+from cifar_jax.parallel.placement import Placement
 from cifar_jax.runtime.timing import Clock, compile_seconds
 from cifar_jax.steps import create_state, eval_step, predict_step, train_step
 
@@ -37,17 +38,17 @@ def epoch_over(devices, split=False):
     mesh = hardware.data_mesh(devices)
     rng = np.random.default_rng(0)
     images, labels = rng.integers(0, 256, (50, 4, 4, 3), np.uint8), rng.integers(0, 5, 50)
-    data, tested = (resident.put(images, labels, where) for where in (mesh, None))
+    data, tested = (placement.put(images, labels, where) for where in (mesh, None))
     if split:
-        tested = data = resident.put(images, labels, mesh, Placement.SPLIT)
+        tested = data = placement.put(images, labels, mesh, Placement.SPLIT)
         assert data.image.addressable_shards[0].data.shape == (-(-50 // devices), 4, 4, 3)
     order = input_pipeline.epoch_order(jax.random.key(0), 1, np.arange(50, dtype=np.int32), 13)
-    program = parallel.compile_training(functools.partial(train_step, **SMALL), mesh=mesh)
+    program = programs.compile_training(functools.partial(train_step, **SMALL), mesh=mesh)
     state = create_state(
         SMALL["model"], SMALL["optimizer"], jax.random.key(1), image_shape=(4, 4, 3)
     )
-    changing = resident.replicate((state, parallel.empty_metrics(len(order))), mesh)
-    batch_indices = resident.replicate(order, mesh)
+    changing = placement.replicate((state, programs.empty_metrics(len(order))), mesh)
+    batch_indices = placement.replicate(order, mesh)
     compiled = []
     for start, length in ((0, 1), (1, 3)):
         before = compile_seconds()
@@ -58,8 +59,8 @@ def epoch_over(devices, split=False):
     state, record = changing
     model = {"model": SMALL["model"]}
     variables = {"params": state.params}
-    evaluate = parallel.compile_evaluation(functools.partial(eval_step, **model), mesh)
-    predict = parallel.compile_prediction(functools.partial(predict_step, **model), mesh)
+    evaluate = programs.compile_evaluation(functools.partial(eval_step, **model), mesh)
+    predict = programs.compile_prediction(functools.partial(predict_step, **model), mesh)
     found = evaluate(variables, tested, input_pipeline.batches(np.arange(50, dtype=np.int32), 7))
     logits = predict(variables, images.reshape(10, 5, 4, 4, 3))
     return jax.device_get((state.params, record, found, logits))
@@ -85,13 +86,13 @@ def test_a_run_is_the_same_on_any_number_of_devices(devices, split):
 
 def test_where_the_training_images_lie():
     GB = 10**9
-    assert resident.place_for(2 * GB, 4, 8 * GB) == ("resident", None)
-    place, said = resident.place_for(7 * GB, 4, 8 * GB)
+    assert placement.place_for(2 * GB, 4, 8 * GB) == ("resident", None)
+    place, said = placement.place_for(7 * GB, 4, 8 * GB)
     assert place == "split"
     assert "7 GB" in said
     assert "4 devices" in said
     for size, devices in ((9 * GB, 4), (3 * GB, 1)):
-        place, said = resident.place_for(size, devices, 8 * GB)
+        place, said = placement.place_for(size, devices, 8 * GB)
         assert place == "stream"
         assert "streamed from the host" in said
-    assert 10**8 < resident.device_memory() < 10**14
+    assert 10**8 < placement.device_memory() < 10**14

@@ -10,12 +10,13 @@ import optax
 import pytest
 from quick import jit
 
-from cifar_jax import input_pipeline, parallel, resident
-from cifar_jax.device_steps import shard_map_train_step
+from cifar_jax import input_pipeline
 from cifar_jax.models import MODELS
 from cifar_jax.models.layers import Dense, Dropout, Flatten
 from cifar_jax.ops import averaging
 from cifar_jax.optimizers import make_optimizer
+from cifar_jax.parallel import placement, programs
+from cifar_jax.parallel.data_parallel import shard_map_train_step
 from cifar_jax.recipes import Recipe
 from cifar_jax.runtime.errors import UserError
 from cifar_jax.steps import (
@@ -383,8 +384,8 @@ def whole_test_split(cifar10):
     model = MODELS["tutorial_cnn"]()
     state = jit(lambda key: create_state(model, optax.sgd(0.1), key))(jax.random.key(0))
     variables = inference_variables(state)
-    data = resident.put(split.images, split.labels, None)
-    run = parallel.compile_evaluation(functools.partial(eval_step, model=model))
+    data = placement.put(split.images, split.labels, None)
+    run = programs.compile_evaluation(functools.partial(eval_step, model=model))
     predict = jax.jit(functools.partial(predict_step, model=model))
     blocks = np.split(split.images, 20)
     logits = np.concatenate([np.asarray(predict(variables, block), float) for block in blocks])

@@ -11,7 +11,7 @@ import pytest
 from cifar_jax import input_pipeline, steps
 from cifar_jax.models import make_model
 from cifar_jax.optimizers import make_optimizer
-from cifar_jax.parallel import compile_for_one_call
+from cifar_jax.parallel.programs import compile_for_one_call
 from cifar_jax.recipes import RECIPES
 from cifar_jax.runtime.errors import UserError
 from cifar_jax.torch_weights import (

@@ -33,14 +33,13 @@ from cifar_jax import (
     input_pipeline,
     make_model,
     make_optimizer,
-    parallel,
     plots,
     records,
-    resident,
     steps,
     train,
 )
 from cifar_jax.datasets import load_dataset, shapes10
+from cifar_jax.parallel import placement, programs
 from cifar_jax.recipes import RECIPES
 from cifar_jax.runtime.errors import UserError
 from cifar_jax.workdir import Config, read_config
@@ -303,7 +302,7 @@ def rich(tiny, small, tmp_path_factory):
 
 def test_the_streamed_feed_gives_the_same_run(rich, tiny, tmp_path, monkeypatch):
     """Chosen here by a device that is too small for the data; `--feed stream` asks for it."""
-    monkeypatch.setattr(resident, "device_memory", lambda: 600 * 32 * 32 * 3)
+    monkeypatch.setattr(placement, "device_memory", lambda: 600 * 32 * 32 * 3)
     _, lines = run(tiny, tmp_path / "run", *RICH_SMALL)
     assert any("streamed from the host" in line for line in lines)
     assert_same_run(tmp_path / "run", rich)
@@ -312,8 +311,8 @@ def test_the_streamed_feed_gives_the_same_run(rich, tiny, tmp_path, monkeypatch)
 def test_a_data_set_too_large_for_a_device_gives_the_same_run(tiny, tmp_path, monkeypatch):
     arguments = [*QUICK, "--devices", "2"]
     whole, _ = run(tiny, tmp_path / "whole", *arguments)
-    memory = 0.6 * 600 * 32 * 32 * 3 / resident.SHARE
-    monkeypatch.setattr(resident, "device_memory", lambda: memory)
+    memory = 0.6 * 600 * 32 * 32 * 3 / placement.SHARE
+    monkeypatch.setattr(placement, "device_memory", lambda: memory)
     split, lines = run(tiny, tmp_path / "split", *arguments)
     assert any("split over the 2 devices" in line for line in lines)
     assert (whole["feed"], split["feed"]) == ("resident", "split")
@@ -328,7 +327,7 @@ def test_a_data_set_too_large_for_a_device_gives_the_same_run(tiny, tmp_path, mo
 
 @pytest.mark.parametrize("length", [1, 5])
 def test_chunks_and_saves_change_nothing(rich, tiny, tmp_path, monkeypatch, length):
-    monkeypatch.setattr(parallel.Chunks, "ran", lambda self, *_: setattr(self, "_length", length))
+    monkeypatch.setattr(programs.Chunks, "ran", lambda self, *_: setattr(self, "_length", length))
     run(tiny, tmp_path / "run", *RICH_SMALL, "--save-minutes", "1e-5" if length == 5 else "1e9")
     assert_same_run(tmp_path / "run", rich)
 

@@ -22,7 +22,7 @@ from cifar_jax.models.fold import normal_blocks  # noqa: E402
 from cifar_jax.models.layers import kaiming_normal  # noqa: E402
 from cifar_jax.models.vgg import VGG, VGG16, adaptive_average_pool  # noqa: E402
 from cifar_jax.optimizers import make_optimizer  # noqa: E402
-from cifar_jax.parallel import compiler_options  # noqa: E402
+from cifar_jax.parallel.programs import compiler_options  # noqa: E402
 from cifar_jax.recipes import Recipe  # noqa: E402
 from cifar_jax.torch_weights import from_torch, to_torch  # noqa: E402
 

@@ -12,7 +12,8 @@ numbers in its own way gets independent ones on each device: `steps.train_step`.
 
 A batch that does not divide among the devices is padded, and the padding masked. The state goes in
 from anywhere and comes out on every device. `jax.pmap` is kept for code that is written in it; the
-commands of this package use shard_map over whole chunks of an epoch (`cifar_jax.parallel`).
+commands of this package use shard_map over whole chunks of an epoch
+(`cifar_jax.parallel.programs`).
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from cifar_jax import steps
-from cifar_jax.hardware import AXIS, everywhere, mesh_over
+from cifar_jax.parallel.hardware import AXIS, everywhere, mesh_over
 
 
 def pad_batch(batch: steps.Batch, parts: int) -> steps.Batch:

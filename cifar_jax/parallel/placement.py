@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from cifar_jax import input_pipeline
-from cifar_jax.hardware import AXIS, everywhere
+from cifar_jax.parallel.hardware import AXIS, everywhere
 
 SHARE = 0.25
 

@@ -1,9 +1,9 @@
 """Several processes: which one this is, how they join to one run, and how that run ends.
 
 The devices of all processes of one run share each batch. Every process computes; process 0, the
-leader, is the only one that prints and touches the run directory (`cifar_jax.together`). At the
-points where all of them exchange values they also learn of an error of one of them, and end with
-its message. Of a process that was killed JAX knows at the next collective, or after
+leader, is the only one that prints and touches the run directory (`cifar_jax.parallel.agreement`).
+At the points where all of them exchange values they also learn of an error of one of them, and end
+with its message. Of a process that was killed JAX knows at the next collective, or after
 `HEARTBEAT_SECONDS` without a sign of life, and ends the others. The run directory is then as after
 a kill of one process: the same commands go on from the last checkpoint, on any number of processes
 and devices.

@@ -17,9 +17,9 @@ from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from cifar_jax import resident
-from cifar_jax.hardware import AXIS, CPU_DEVICE_WEIGHTS, everywhere
-from cifar_jax.resident import Examples
+from cifar_jax.parallel import placement
+from cifar_jax.parallel.hardware import AXIS, CPU_DEVICE_WEIGHTS, everywhere
+from cifar_jax.parallel.placement import Examples
 from cifar_jax.steps import parameter_count
 
 METRICS = ("loss", "correct", "count")
@@ -220,8 +220,8 @@ def compile_training(
       step: takes `axis_name` where devices share a batch.
       mesh: from `hardware.data_mesh`; each device then computes its part of every batch, and a
         batch that does not divide is padded and masked. Results differ in the order of sums only.
-        The arguments lie on it already (`cifar_jax.resident`): from elsewhere they would make a
-        second program.
+        The arguments lie on it already (`cifar_jax.parallel.placement`): from elsewhere they would
+        make a second program.
       train, own: `train_many`, and how what a run has of its own is split over the mesh.
     """
     if static_length is None:
@@ -297,7 +297,7 @@ def compile_prediction(step: Callable, mesh: Mesh | None = None) -> Callable:
 
 def _to_processes(tree: Any, mesh: Mesh | None) -> Any:
     """Puts arrays on a mesh over several processes; on one of this process jit puts them."""
-    return resident.replicate(tree, mesh) if mesh is not None and mesh.is_multi_process else tree
+    return placement.replicate(tree, mesh) if mesh is not None and mesh.is_multi_process else tree
 
 
 # Above so many numbers drawn, a CPU gains more from an optimised program than compiling it costs.

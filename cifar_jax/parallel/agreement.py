@@ -16,8 +16,8 @@ import jax
 import numpy as np
 
 from cifar_jax.checkpoints import Checkpoints
-from cifar_jax.hosts import Ended, exchange
 from cifar_jax.leaves import is_key
+from cifar_jax.parallel.distributed import Ended, exchange
 from cifar_jax.restoring import Restored
 from cifar_jax.runtime.environment import environment
 from cifar_jax.runtime.errors import UserError
