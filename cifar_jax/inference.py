@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cifar_jax import from_recipe, input_pipeline, manifests, optimizers, report, restoring, steps
+from cifar_jax import from_recipe, input_pipeline, optimizers, report, steps
+from cifar_jax.checkpoints import manifests, restoring
 from cifar_jax.datasets import Dataset, Split
 from cifar_jax.models import fold, model_of
 from cifar_jax.parallel import hardware

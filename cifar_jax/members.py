@@ -20,7 +20,7 @@ from cifar_jax import (
     steps,
     training,
 )
-from cifar_jax.checkpoints import Checkpoints
+from cifar_jax.checkpoints.saving import Checkpoints
 from cifar_jax.parallel import placement, programs
 from cifar_jax.run import Run
 from cifar_jax.runs import Group

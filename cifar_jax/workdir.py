@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 
-from cifar_jax.manifests import latest_step
+from cifar_jax.checkpoints.manifests import latest_step
 from cifar_jax.recipes import TO_THE_END, Recipe
 from cifar_jax.runtime import files
 from cifar_jax.runtime.errors import ReaderLeft, UserError, notice

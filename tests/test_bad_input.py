@@ -16,9 +16,9 @@ from PIL import Image
 from tiny_data import ROOT, command_environment, copy_run, prepare_tiny, snapshot, tiny, words
 
 from cifar_jax import evaluate, predict, train
+from cifar_jax.checkpoints.manifests import MANIFEST
 from cifar_jax.datasets import __main__ as datasets_command
 from cifar_jax.datasets import archives
-from cifar_jax.manifests import MANIFEST
 from cifar_jax.runtime.errors import run_command
 
 __all__ = ["tiny"]

@@ -12,10 +12,10 @@ import pytest
 from checkpoint_states import assert_same, fill, make_state
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from cifar_jax import manifests
-from cifar_jax.checkpoints import Checkpoints
-from cifar_jax.manifests import locate
-from cifar_jax.restoring import restore
+from cifar_jax.checkpoints import manifests
+from cifar_jax.checkpoints.manifests import locate
+from cifar_jax.checkpoints.restoring import restore
+from cifar_jax.checkpoints.saving import Checkpoints
 from cifar_jax.runtime.errors import UserError
 
 
@@ -258,8 +258,8 @@ def test_locate(tmp_path):
 def test_asking_for_steps_does_not_import_orbax(tmp_path):
     fill(tmp_path, 3)
     code = (
-        "import sys; from cifar_jax.checkpoints import Checkpoints\n"
-        "from cifar_jax.manifests import latest_step\n"
+        "import sys; from cifar_jax.checkpoints.saving import Checkpoints\n"
+        "from cifar_jax.checkpoints.manifests import latest_step\n"
         "assert latest_step(sys.argv[1]) == 3 and latest_step(sys.argv[1] + '/none') is None\n"
         "with Checkpoints(sys.argv[1]) as c: assert c.steps() == [3]\n"
         "assert not any(name.split('.')[0] in ('orbax', 'tensorstore') for name in sys.modules)"

@@ -23,7 +23,7 @@ from tiny_data import (
     words,
 )
 
-from cifar_jax import manifests
+from cifar_jax.checkpoints import manifests
 
 __all__ = ["small", "tiny"]
 

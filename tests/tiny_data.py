@@ -13,7 +13,8 @@ import jax
 import numpy as np
 import pytest
 
-from cifar_jax import inference, restoring, train
+from cifar_jax import inference, train
+from cifar_jax.checkpoints import restoring
 from cifar_jax.models import MODELS, make_model
 from cifar_jax.models.layers import ConvRelu, Dense, Dropout, Flatten
 from cifar_jax.records import read_metrics

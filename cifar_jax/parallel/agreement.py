@@ -15,10 +15,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from cifar_jax.checkpoints import Checkpoints
-from cifar_jax.leaves import is_key
+from cifar_jax.checkpoints.leaves import is_key
+from cifar_jax.checkpoints.restoring import Restored
+from cifar_jax.checkpoints.saving import Checkpoints
 from cifar_jax.parallel.distributed import Ended, exchange
-from cifar_jax.restoring import Restored
 from cifar_jax.runtime.environment import environment
 from cifar_jax.runtime.errors import UserError
 
@@ -135,7 +135,7 @@ def share(tree: Any) -> Any:
 
 
 def open_checkpoints(directory: Path):
-    """Returns `checkpoints.Checkpoints`; of several processes the leader's serve all."""
+    """Returns `saving.Checkpoints`; of several processes the leader's serve all."""
     leaders = Checkpoints(directory) if is_leader() else None
     return Shared(leaders) if several() else leaders
 

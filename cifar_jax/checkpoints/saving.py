@@ -1,6 +1,7 @@
 """Checkpoints that survive kills, full disks and bit rot.
 
-Orbax stores the arrays (`leaves.py`), a manifest says what to trust (`manifests.py`).
+Orbax stores the arrays (`checkpoints/leaves.py`), a manifest says what to trust
+(`checkpoints/manifests.py`).
 
 A checkpoints directory holds one folder a step (`<step>`, or `<step>.<n>` when a step was saved
 again):
@@ -39,9 +40,15 @@ from typing import Any
 
 import jax
 
-from cifar_jax import leaves, manifests
-from cifar_jax.manifests import best_step, latest_step, locate, steps
-from cifar_jax.restoring import Restored, cause_of, checkpointer, restore, restore_noting
+from cifar_jax.checkpoints import leaves, manifests
+from cifar_jax.checkpoints.manifests import best_step, latest_step, locate, steps
+from cifar_jax.checkpoints.restoring import (
+    Restored,
+    cause_of,
+    checkpointer,
+    restore,
+    restore_noting,
+)
 from cifar_jax.runtime.errors import UserError, in_command
 from cifar_jax.runtime.files import absolute
 

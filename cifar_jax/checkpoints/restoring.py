@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from cifar_jax import leaves, manifests
+from cifar_jax.checkpoints import leaves, manifests
 from cifar_jax.runtime.errors import UserError
 from cifar_jax.runtime.files import absolute
 

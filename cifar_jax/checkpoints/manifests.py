@@ -1,7 +1,7 @@
 """The folders of a checkpoints directory and their manifests: what is complete, intact, best.
 
 Standard library only, so that asking a directory for its newest step costs milliseconds. The layout
-is described in `cifar_jax/checkpoints.py`.
+is described in `cifar_jax/checkpoints/saving.py`.
 """
 
 from __future__ import annotations

@@ -1,0 +1,1 @@
+"""A run's state on disk: saved, verified by digests, and restored, on other devices too."""
