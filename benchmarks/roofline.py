@@ -125,15 +125,15 @@ def table(result: dict) -> str:
 
 def draw(result: dict, path: Path) -> None:
     """Draws the roof and each case under it: FLOP/s over FLOPs a byte."""
-    from cifar_jax import canvas
+    from cifar_jax.reporting import plots
 
     rates = result["rates"]
     intensity = np.geomspace(0.5, 500, 100)
     roof = np.minimum(rates["flops"], rates["bytes"] * intensity) / 1e9
-    with canvas.drawing(path, 6.5, 4) as figure:
+    with plots.drawing(path, 6.5, 4) as figure:
         axes = figure.subplots()
-        axes.loglog(intensity, roof, color=canvas.INK, label="measured roof")
-        for row, color in zip(result["cases"], itertools.cycle(canvas.SERIES), strict=False):
+        axes.loglog(intensity, roof, color=plots.INK, label="measured roof")
+        for row, color in zip(result["cases"], itertools.cycle(plots.SERIES), strict=False):
             x, y = row["flops"] / row["bytes"], row["achieved_flops"] / 1e9
             name, batch = row["case"].removeprefix("train/").split(":")
             axes.plot(x, y, "o", color=color, label=f"{name}, batch {batch}: {y:.0f} GFLOP/s")

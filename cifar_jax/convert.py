@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None, say=print) -> dict:
     """Parses, converts, prints. Returns {"entries", "sha256", "step"}. Raises `UserError`."""
     options = make_parser().parse(arguments)
     from cifar_jax import initial, weight_files
-    from cifar_jax.report import counted
+    from cifar_jax.reporting.console import counted
 
     weight_files.check_ending(options.out)
     weight_files.check_target(options.out, options.overwrite)

@@ -62,8 +62,9 @@ def _load(options, config):
 def main(arguments: Sequence[str] | None = None, say=print) -> dict:
     """Parses, evaluates, prints. Returns the results. Raises `UserError`."""
     options = make_parser().parse(arguments)
-    from cifar_jax import inference, records, report
+    from cifar_jax import inference
     from cifar_jax.parallel import hardware
+    from cifar_jax.reporting import console, metrics_log
 
     cli.start_device(options)
     trained = inference.load(
@@ -81,7 +82,7 @@ def main(arguments: Sequence[str] | None = None, say=print) -> dict:
         dataset.class_names,
         options.batch_size,
     )
-    result = records.to_json(
+    result = metrics_log.to_json(
         {
             "run": str(trained.directory),
             "step": trained.step,
@@ -98,7 +99,7 @@ def main(arguments: Sequence[str] | None = None, say=print) -> dict:
         say(f"warning: {line}")
     say(f"{trained.config.recipe.model} after step {trained.step}, from {trained.directory}")
     say(f"{options.split} split of {dataset.source}, on {hardware.describe_device()}")
-    say(report.results_lines(result, split=options.split.capitalize()))
+    say(console.results_lines(result, split=options.split.capitalize()))
     return result
 
 

@@ -7,12 +7,13 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from cifar_jax import augment, from_recipe, inference, input_pipeline, plots, records, report, steps
-from cifar_jax.canvas import attempt
+from cifar_jax import augment, from_recipe, inference, input_pipeline, steps
 from cifar_jax.models import fold
 from cifar_jax.models.layer_table import format_table, summarise
 from cifar_jax.parallel import agreement, hardware
 from cifar_jax.recipes import Recipe
+from cifar_jax.reporting import console, metrics_log, plots
+from cifar_jax.reporting.plots import attempt
 from cifar_jax.run import Run
 from cifar_jax.runs import Print
 from cifar_jax.runtime.environment import environment
@@ -66,7 +67,7 @@ def opening_lines(run: Run, workdir: Path) -> list[str]:
     device, cpu = here["device"], here["cpu"]
     where = f"{device['count']} x {device['kind']} ({device['platform']})"
     if device["platform"] == "cpu":
-        where = f"cpu, {report.counted(cpu['usable'], 'core')} ({cpu['model']})"
+        where = f"cpu, {console.counted(cpu['usable'], 'core')} ({cpu['model']})"
         if hardware.computing_threads() < cpu["usable"]:
             where += f", {hardware.computing_threads()} thread: faster for steps this small"
     if run.devices > 1:
@@ -119,7 +120,7 @@ def describe(recipe: Recipe) -> str:
     parts = [f"{recipe.optimizer} lr {recipe.learning_rate:g}"]
     if recipe.momentum and recipe.optimizer == "sgd":
         parts.append(f"momentum {recipe.momentum:g}")
-    parts += [f"batch {recipe.batch_size}", report.counted(recipe.epochs, "epoch")]
+    parts += [f"batch {recipe.batch_size}", console.counted(recipe.epochs, "epoch")]
     parts += [f"norm {recipe.normalize}"]
     parts += [f"augment {'+'.join(recipe.augment)}"] if recipe.augment else []
     parts += [f"resized to {recipe.resize}x{recipe.resize}"] if recipe.resize else []
@@ -133,8 +134,8 @@ def describe(recipe: Recipe) -> str:
 
 def results_text(summary: dict) -> str:
     """Returns the test's lines and the time's, from `summary.json`'s contents."""
-    result = report.results_lines(summary, split="Test")
-    return f"{result}\n{report.timing_line(summary['seconds'], summary['images_per_second'])}"
+    result = console.results_lines(summary, split="Test")
+    return f"{result}\n{console.timing_line(summary['seconds'], summary['images_per_second'])}"
 
 
 def finish(run: Run, workdir: Path, state: steps.TrainState, trained: dict, say: Print) -> dict:
@@ -143,17 +144,17 @@ def finish(run: Run, workdir: Path, state: steps.TrainState, trained: dict, say:
     which = "best" if run.config.recipe.select_best else "last"
     say(f"Testing the weights of the {which} epoch ({trained['tested_epoch']})")
     found, probabilities = test(run, state, "test")
-    with records.MetricsLog(workdir / "metrics.jsonl") as log:
+    with metrics_log.MetricsLog(workdir / "metrics.jsonl") as log:
         log.append("test", **found)
     labels, names = run.dataset.splits["test"].labels, run.dataset.class_names
     say("")
-    say(report.first_images_lines(labels, probabilities.argmax(axis=-1), names))
-    say(report.results_lines(found, split="Test"))
+    say(console.first_images_lines(labels, probabilities.argmax(axis=-1), names))
+    say(console.results_lines(found, split="Test"))
     if run.options.plots:
         draw(run, workdir, agreement.own_copy(state.key), found, probabilities, say)
-    summary = records.to_json(summarize(run, trained, found))
+    summary = metrics_log.to_json(summarize(run, trained, found))
     write_json(workdir / "summary.json", summary)
-    say(report.timing_line(summary["seconds"], summary["images_per_second"]))
+    say(console.timing_line(summary["seconds"], summary["images_per_second"]))
     say(f"Written to {workdir}")
     return summary
 
@@ -202,7 +203,7 @@ def draw(
 
     def curves(path: Path) -> None:
         heading = f"{recipe.model} on {run.config.dataset['name']}"
-        rows = records.read_metrics(workdir / "metrics.jsonl")
+        rows = metrics_log.read_metrics(workdir / "metrics.jsonl")
         plots.curves(rows, path, heading=heading)
 
     pictures = {

@@ -13,13 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cifar_jax import from_recipe, input_pipeline, optimizers, report, steps
+from cifar_jax import from_recipe, input_pipeline, optimizers, steps
 from cifar_jax.checkpoints import manifests, restoring
 from cifar_jax.datasets import Dataset, Split
 from cifar_jax.models import fold, model_of
 from cifar_jax.parallel import hardware
 from cifar_jax.parallel import programs as parallel_programs
 from cifar_jax.parallel.placement import Examples
+from cifar_jax.reporting import console
 from cifar_jax.runtime.errors import UserError
 from cifar_jax.workdir import Config, read_config
 
@@ -170,7 +171,7 @@ def evaluate_split(
       batch_size: images in a batch; the last is padded and masked.
 
     Returns:
-      `report.results` with `confusion` int [C, C] added, and probabilities float32 [N, C].
+      `console.results` with `confusion` int [C, C] added, and probabilities float32 [N, C].
     """
     size = len(split.labels)
     data = input_pipeline.on_host(
@@ -187,7 +188,7 @@ def split_results(
 ) -> tuple[dict, np.ndarray]:
     """Returns what `evaluate_split` does, of the sums over a split of `size` images and their
     logits [batches, B, C]."""
-    found = report.results(sums, sums["confusion"], class_names)
+    found = console.results(sums, sums["confusion"], class_names)
     found["confusion"] = sums["confusion"]
     probabilities = np.asarray(jax.jit(jax.nn.softmax)(logits)).reshape(-1, logits.shape[-1])
     return found, probabilities[:size]

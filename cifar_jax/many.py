@@ -15,13 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from cifar_jax import group_size, many_finish, records, replicas, shared_workdir
+from cifar_jax import group_size, many_finish, replicas, shared_workdir
 from cifar_jax.checks import check_first_forward
 from cifar_jax.members import TrainedGroup, folder_of, write_members
 from cifar_jax.parallel.distributed import ALONE, Process
 from cifar_jax.parallel.placement import Placement
-from cifar_jax.progress import Progress
-from cifar_jax.report import counted
+from cifar_jax.reporting import metrics_log
+from cifar_jax.reporting.console import Progress, counted
 from cifar_jax.run import Run
 from cifar_jax.runs import Group, Print
 from cifar_jax.runtime import files
@@ -188,7 +188,7 @@ class Groups:
             at = loop.train(loop.begin())
             say("Testing every run")
             result = self.work(TrainedGroup(group, at, loop.rows()))
-        result, process = records.to_json(result), self.plan.process.index
+        result, process = metrics_log.to_json(result), self.plan.process.index
         write_json(file, {"result": result, "seconds": clock.seconds(), "process": process})
         for name in ("metrics.jsonl", "checkpoints"):
             files.remove(file.parent / name)

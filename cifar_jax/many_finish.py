@@ -6,12 +6,13 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from cifar_jax import recipes, records, report
+from cifar_jax import recipes
 from cifar_jax import spread as spreads
-from cifar_jax.canvas import attempt
 from cifar_jax.members import folder_of
 from cifar_jax.parallel import programs as parallel_programs
-from cifar_jax.report import counted
+from cifar_jax.reporting import console, metrics_log
+from cifar_jax.reporting.console import counted
+from cifar_jax.reporting.plots import attempt
 from cifar_jax.run import Run
 from cifar_jax.runs import Print
 from cifar_jax.runtime.environment import environment
@@ -67,7 +68,7 @@ def finish(run: Run, groups: Groups, done: Sequence[Mapping], say: Print) -> dic
     found = spreads.of_directories(folders, run.dataset.splits["test"].labels)
     images = run.config.recipe.epochs * len(run.training) * len(members)
     training = seconds.get("training")
-    summary = records.to_json(
+    summary = metrics_log.to_json(
         {
             **run.config.to_dict(),
             "dataset": {**run.config.dataset, "source": run.dataset.source},
@@ -137,5 +138,5 @@ def results_text(summary: Mapping) -> str:
         lines.append(f"Published {100 * value:.2f} %: {below} of {runs} below it")
     for row in summary["diverged"]:
         lines.append(f"Diverged: seed {row['seed']}, at step {row['step']}; counts nowhere above")
-    lines.append(report.timing_line(summary["seconds"], summary["images_per_second"]))
+    lines.append(console.timing_line(summary["seconds"], summary["images_per_second"]))
     return "\n".join(lines)

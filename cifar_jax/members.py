@@ -10,18 +10,10 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from cifar_jax import (
-    finish,
-    from_recipe,
-    inference,
-    input_pipeline,
-    records,
-    replicas,
-    steps,
-    training,
-)
+from cifar_jax import finish, from_recipe, inference, input_pipeline, replicas, steps, training
 from cifar_jax.checkpoints.saving import Checkpoints
 from cifar_jax.parallel import placement, programs
+from cifar_jax.reporting import metrics_log
 from cifar_jax.run import Run
 from cifar_jax.runs import Group
 from cifar_jax.runtime import files
@@ -60,7 +52,7 @@ def write_members(trained: TrainedGroup, workdir: Path) -> dict[int, int]:
         files.remove(folder)
         folder.mkdir(parents=True)
         write_json(folder / "config.json", member.config.to_dict())
-        with records.MetricsLog(folder / "metrics.jsonl") as log:
+        with metrics_log.MetricsLog(folder / "metrics.jsonl") as log:
             best = at.best_rows[i]
             saves = {best["epoch"]: "best"} if best else {}
             if i not in at.diverged:
@@ -82,7 +74,7 @@ def write_members(trained: TrainedGroup, workdir: Path) -> dict[int, int]:
             "devices_sharing_a_batch": programs.sharing_a_batch(group.mesh),
         }
         summary = finish.summarize(member, training.trained(member, best) | how, found)
-        write_json(folder / "summary.json", records.to_json(summary))
+        write_json(folder / "summary.json", metrics_log.to_json(summary))
     return {members[i].config.seed: step for i, step in lost.items()}
 
 
@@ -115,7 +107,7 @@ def test_group(trained: TrainedGroup) -> tuple[dict, np.ndarray, dict[int, int]]
     return sums, logits, lost
 
 
-def _write_rows(rows: Sequence[dict], log: records.MetricsLog) -> dict[int, tuple]:
+def _write_rows(rows: Sequence[dict], log: metrics_log.MetricsLog) -> dict[int, tuple]:
     """Returns {epoch: (the log's length after its row, its validation loss)}."""
     ends = {}
     for row in rows:

@@ -11,10 +11,11 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from cifar_jax import checks, from_recipe, input_pipeline, replicas, report, steps
+from cifar_jax import checks, from_recipe, input_pipeline, replicas, steps
 from cifar_jax.input_pipeline import record_source
 from cifar_jax.parallel import agreement, placement, programs
 from cifar_jax.parallel.placement import Examples, Placement
+from cifar_jax.reporting import console
 from cifar_jax.run import Run
 
 Print = Callable[[str], None]
@@ -195,12 +196,12 @@ class OneRun(Runs):
 
     def show_window(self, row: dict) -> None:
         self.events(row)
-        self.say(report.window_line(row, self.run.steps_per_epoch))
+        self.say(console.window_line(row, self.run.steps_per_epoch))
 
     def show_epoch(self, rows: list[dict], improved: np.ndarray) -> None:
         (row,) = rows
         self.events(row)
-        self.say(report.epoch_line(row, self.recipe.epochs, best=improved[0]))
+        self.say(console.epoch_line(row, self.recipe.epochs, best=improved[0]))
         if row["epoch"] == 1:
             classes = len(self.run.dataset.class_names)
             for line in checks.stuck_advice(row["train_loss"], classes):
@@ -275,7 +276,7 @@ class Group(Runs):
 
     def show_epoch(self, rows: list[dict], improved: np.ndarray) -> None:
         if rows:
-            self.say(report.epochs_line(rows, self.recipe.epochs))
+            self.say(console.epochs_line(rows, self.recipe.epochs))
 
     def diverged(self, i: int, what: str, step: int, latest_step: Callable) -> None:
         self.say(

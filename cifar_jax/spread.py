@@ -41,7 +41,7 @@ def spread(values: Sequence[float]) -> dict:
 
 
 def of_runs(runs: Sequence[Mapping], class_names: Sequence[str]) -> dict:
-    """Returns the spread of what `report.results` found in each run.
+    """Returns the spread of what `console.results` found in each run.
 
     Returns:
       {"test_accuracy", "test_loss", "per_class"}: spreads, the last a list of {"class", ...}.
@@ -122,9 +122,9 @@ def histogram(
     Args:
       value_name: what the values are, with the unit; also that of `ensemble` and `published`.
     """
-    from cifar_jax import canvas
+    from cifar_jax.reporting import plots
 
-    with canvas.drawing(path, 7.5, 4.2, palette=256) as figure:
+    with plots.drawing(path, 7.5, 4.2, palette=256) as figure:
         axis = figure.subplots()
         draw_histogram(axis, values, found, ensemble=ensemble, published=published)
         axis.set(title=heading, xlabel=value_name)
@@ -150,25 +150,25 @@ def draw_histogram(
     """
     from matplotlib.ticker import MaxNLocator
 
-    from cifar_jax import canvas
+    from cifar_jax.reporting import plots
 
     values = np.asarray(values, float)
     bars = int(np.clip(round(1.5 * math.sqrt(len(values))), 5, 30))
-    counts, _, _ = axis.hist(values, bars, color=canvas.BLUE, alpha=0.45, edgecolor="white")
+    counts, _, _ = axis.hist(values, bars, color=plots.BLUE, alpha=0.45, edgecolor="white")
     top = max(counts)
-    axis.plot(values, np.full(len(values), -0.04 * top), "|", color=canvas.BLUE, ms=9, mew=1.2)
+    axis.plot(values, np.full(len(values), -0.04 * top), "|", color=plots.BLUE, ms=9, mew=1.2)
     low, high = found["interval_95"]
     label = f"mean {found['mean']:.2f}, std {_number(found['std'], 2)}, n {found['n']}"
-    axis.axvline(found["mean"], color=canvas.BLUE, lw=1.8, label=label)
+    axis.axvline(found["mean"], color=plots.BLUE, lw=1.8, label=label)
     if math.isfinite(low):
         name = f"95 % interval of the mean, {low:.2f} to {high:.2f}"
-        axis.axvspan(low, high, color=canvas.BLUE, alpha=0.18, lw=0, label=name)
+        axis.axvspan(low, high, color=plots.BLUE, alpha=0.18, lw=0, label=name)
     if ensemble is not None:
         name = f"ensemble of all {ensemble:.2f}"
-        axis.axvline(ensemble, color=canvas.GREEN, lw=1.8, ls=(0, (5, 2)), label=name)
+        axis.axvline(ensemble, color=plots.GREEN, lw=1.8, ls=(0, (5, 2)), label=name)
     for k, value in enumerate(published):
         name = f"published {', '.join(f'{v:g}' for v in published)}" if k == 0 else None
-        axis.axvline(value, color=canvas.ORANGE, lw=1.8, ls=(0, (1, 1.2)), label=name)
+        axis.axvline(value, color=plots.ORANGE, lw=1.8, ls=(0, (1, 1.2)), label=name)
     axis.set(ylabel="runs", ylim=(-0.09 * top, 1.12 * top))
     axis.yaxis.set_major_locator(MaxNLocator("auto", integer=True))
     axis.grid(axis="y")

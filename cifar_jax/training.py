@@ -15,10 +15,11 @@ from pathlib import Path
 
 import numpy as np
 
-from cifar_jax import optimizers, report, steps
+from cifar_jax import optimizers, steps
 from cifar_jax.parallel import agreement, programs
-from cifar_jax.progress import Progress
-from cifar_jax.records import MetricsLog, TensorBoardLog, read_metrics
+from cifar_jax.reporting import console
+from cifar_jax.reporting.console import Progress
+from cifar_jax.reporting.metrics_log import MetricsLog, TensorBoardLog, read_metrics
 from cifar_jax.run import Run
 from cifar_jax.runs import Arrays, Chunk, OneRun, Print, Runs
 from cifar_jax.runtime.errors import UserError
@@ -114,7 +115,7 @@ class Loop:
             say(f"warning: {self.log.path} lost {missing} bytes of earlier rows; the {who} on")
         self.run.clock.load(extra["seconds"])
         # A run alone has its best epoch in its log.
-        best_rows = extra.get("best_rows") or [report.best_epoch(rows) for rows in self.rows()]
+        best_rows = extra.get("best_rows") or [console.best_epoch(rows) for rows in self.rows()]
         diverged = {int(i): step for i, step in extra.get("diverged", {}).items()}
         at = Position(extra["epoch"], extra["step"], arrays, best_rows, diverged)
         say(f"Going on from step {found.step} (epoch {at.epoch}, step {at.step})")
@@ -184,7 +185,7 @@ class Loop:
         means = metrics["loss"][:, : at.step] / np.maximum(counts, 1)
         for i in alive.tolist():
             every = self.runs.members[i].config.recipe.log_every
-            for values in report.window_rows(means[i], before, at.step, every, **where):
+            for values in console.window_rows(means[i], before, at.step, every, **where):
                 self.runs.show_window(self.log.append("window", **self.runs.label(i), **values))
         images = int(counts[:, before:].sum(axis=1).max()) * len(self.runs.members)
         loss = float(means[alive, before:].mean()) if len(alive) else np.nan
@@ -202,7 +203,7 @@ class Loop:
             recipe = runs.members[i].config.recipe
             if recipe not in rates:
                 rates[recipe] = optimizers.learning_rate(recipe, self.steps, step - 1)
-            values = report.epoch_row(
+            values = console.epoch_row(
                 {name: column[i] for name, column in metrics.items()},
                 sums and {name: sums[name][i] for name in programs.METRICS},
                 epoch=at.epoch,
@@ -211,7 +212,7 @@ class Loop:
             )
             rows.append(self.log.append("epoch", **runs.label(i), **values, timing=timing))
             former = at.best_rows[i]
-            at.best_rows[i] = report.best_epoch([row for row in (former, rows[-1]) if row])
+            at.best_rows[i] = console.best_epoch([row for row in (former, rows[-1]) if row])
             improved[i] = at.best_rows[i] is rows[-1]
         runs.show_epoch(rows, improved)
         arrays = runs.next_epoch(at.arrays, improved)

@@ -1,4 +1,4 @@
-"""Pictures of experiments, in the style of `cifar_jax.plots`."""
+"""Pictures of experiments, in the style of `cifar_jax.reporting.plots`."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from pathlib import Path
 
 import numpy as np
 
-from cifar_jax import canvas
+from cifar_jax.reporting import plots
 from cifar_jax.spread import draw_histogram
 
 _DASHES = (None, (4, 2), (1, 1))
 _STYLES = {
-    "ours": (canvas.BLUE, "o"),
-    "PyTorch": (canvas.ORANGE, "s"),
-    "published": (canvas.INK, "*"),
+    "ours": (plots.BLUE, "o"),
+    "PyTorch": (plots.ORANGE, "s"),
+    "published": (plots.INK, "*"),
 }
 
 
@@ -28,7 +28,7 @@ def strips(
         of several values is its mean and two standard errors each way.
       value_name: what the values are, with their unit.
     """
-    with canvas.drawing(path, 3 * len(groups) + 0.5, 2.6) as figure:
+    with plots.drawing(path, 3 * len(groups) + 0.5, 2.6) as figure:
         panels = figure.subplots(1, len(groups), squeeze=False)[0]
         for panel, (name, series) in zip(panels, groups.items(), strict=True):
             shown = {label: values for label, values in series.items() if len(values)}
@@ -59,7 +59,7 @@ def histograms(panels: Mapping[str, Mapping], path: str | Path, *, value_name: s
     """
     columns = min(2, len(panels))
     rows = -(-len(panels) // columns)
-    with canvas.drawing(path, 5.2 * columns, 3.9 * rows, palette=256) as figure:
+    with plots.drawing(path, 5.2 * columns, 3.9 * rows, palette=256) as figure:
         axes = figure.subplots(rows, columns, squeeze=False).ravel()
         for axis, (name, panel) in zip(axes, panels.items(), strict=False):
             draw_histogram(axis, **panel)
@@ -132,7 +132,7 @@ def _curves(along, others, values, points, path, heading) -> Path:
     for point in points:
         key = tuple(point["values"][name] for name in others)
         lines.setdefault(key, []).append(point)
-    with canvas.drawing(path, 7.5, 4.2, palette=256) as figure:
+    with plots.drawing(path, 7.5, 4.2, palette=256) as figure:
         axis = figure.subplots()
         places = dict(zip(values[along], _scale(axis, "x", along, values[along]), strict=True))
         for k, (key, mine) in enumerate(lines.items()):
@@ -140,8 +140,8 @@ def _curves(along, others, values, points, path, heading) -> Path:
             x = np.array([places[point["values"][along]] for point in mine], float)
             y = np.array([_percent(point) for point in mine])
             reach = np.array([_percent(p, "std") for p in mine])
-            row, column = divmod(k, len(canvas.SERIES))
-            color, dashes = canvas.SERIES[column], _DASHES[row % 3]
+            row, column = divmod(k, len(plots.SERIES))
+            color, dashes = plots.SERIES[column], _DASHES[row % 3]
             label = ", ".join(f"{_name(n)} {_text(v)}" for n, v in zip(others, key, strict=True))
             style = {"dashes": dashes} if dashes else {}
             axis.plot(x, y, "o-", color=color, ms=3.5, lw=1.6, label=label or "mean", **style)
@@ -158,7 +158,7 @@ def _curves(along, others, values, points, path, heading) -> Path:
                         transform=axis.get_xaxis_transform(),
                     )
         if any(point["diverged"] for point in points):
-            axis.plot([], [], "x", color=canvas.QUIET, mew=1.8, ls="none", label="runs diverged")
+            axis.plot([], [], "x", color=plots.QUIET, mew=1.8, ls="none", label="runs diverged")
         axis.set(title=heading, ylabel="test accuracy, %: mean and standard deviation")
         axis.grid()
         axis.set_axisbelow(True)
@@ -178,9 +178,9 @@ def _map(names, values, points, path, heading) -> Path:
         grid[where] = np.fmax(grid[where], _percent(point))
         lost[where] += point["diverged"]
     size = max(6.0, 0.62 * grid.shape[1] + 2.4), max(2.6, 0.5 * grid.shape[0] + 1.7)
-    with canvas.drawing(path, *size, palette=256) as figure:
+    with plots.drawing(path, *size, palette=256) as figure:
         axis = figure.subplots()
-        axis.set_facecolor(canvas.FAINT)
+        axis.set_facecolor(plots.FAINT)
         picture = axis.imshow(grid, cmap="Blues", aspect="auto", origin="lower")
         found = grid[np.isfinite(grid)]
         low, high = (found.min(), found.max()) if len(found) else (0, 1)
@@ -189,7 +189,7 @@ def _map(names, values, points, path, heading) -> Path:
             text = f"{value:.1f}" if np.isfinite(value) else "diverged"
             if lost[row, column] and np.isfinite(value):
                 text += f"\n({lost[row, column]} div.)"
-            ink = "white" if dark else canvas.INK
+            ink = "white" if dark else plots.INK
             axis.text(column, row, text, color=ink, fontsize=7.5, ha="center", va="center")
         axis.set_xticks(range(grid.shape[1]), [_text(v) for v in values[along]], rotation=45)
         axis.set_yticks(range(grid.shape[0]), [_text(v) for v in values[across]])
@@ -203,7 +203,7 @@ def _map(names, values, points, path, heading) -> Path:
 
 
 def _scatter(names, points, path, heading) -> Path:
-    with canvas.drawing(path, 6.5, 4.4, palette=256) as figure:
+    with plots.drawing(path, 6.5, 4.4, palette=256) as figure:
         axis = figure.subplots()
         where = []
         for which, name in zip("xy", names, strict=True):
@@ -212,7 +212,7 @@ def _scatter(names, points, path, heading) -> Path:
             where.append(np.array([places[point["values"][name]] for point in points], float))
         accuracy = np.array([_percent(point) for point in points])
         good = np.isfinite(accuracy)
-        axis.plot(where[0][~good], where[1][~good], "x", color=canvas.RED, label="diverged")
+        axis.plot(where[0][~good], where[1][~good], "x", color=plots.RED, label="diverged")
         picture = axis.scatter(
             where[0][good], where[1][good], c=accuracy[good], cmap="viridis", s=42
         )

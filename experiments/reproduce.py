@@ -19,9 +19,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cifar_jax import cli, train
-from cifar_jax.canvas import attempt
 from cifar_jax.recipes import PUBLISHED, RECIPES
-from cifar_jax.records import to_json, write_summary
+from cifar_jax.reporting.metrics_log import to_json, write_summary
+from cifar_jax.reporting.plots import attempt
 from cifar_jax.runtime.errors import lookup, run_command
 from cifar_jax.spread import spread
 

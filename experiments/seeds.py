@@ -17,9 +17,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from cifar_jax import cli, train
-from cifar_jax.canvas import attempt
 from cifar_jax.recipes import PUBLISHED
-from cifar_jax.records import to_json, write_summary
+from cifar_jax.reporting.metrics_log import to_json, write_summary
+from cifar_jax.reporting.plots import attempt
 from cifar_jax.runtime.errors import lookup, run_command
 from cifar_jax.spread import spread
 from experiments.reproduce import RESULTS, common_words, former

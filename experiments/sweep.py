@@ -169,7 +169,7 @@ class Sweep:
     def train(self, workdir: Path, stop, say) -> tuple[list[dict], dict]:
         """Trains what is missing; returns a row for each run, and {phase: seconds}."""
         from cifar_jax import from_recipe, many, many_finish, replicas
-        from cifar_jax.report import counted
+        from cifar_jax.reporting.console import counted
         from cifar_jax.run import make_run
         from cifar_jax.runtime.timing import Clock
 

@@ -20,13 +20,13 @@ def shown(point: Mapping) -> str:
 
 def rows_of(trained) -> list[dict]:
     """Tests a trained group; returns what is found of each run, None where it diverged."""
-    from cifar_jax import report
     from cifar_jax.members import test_group
+    from cifar_jax.reporting import console
 
     sums, _, lost = test_group(trained)
     rows = []
     for i, best in enumerate(trained.at.best_rows):
-        tested = report.rates({name: sums[name][i] for name in ("loss", "correct", "count")})
+        tested = console.rates({name: sums[name][i] for name in ("loss", "correct", "count")})
         last = [row for row in trained.rows[i] if row["kind"] == "epoch"][-1:]
         shown = best if trained.group.recipe.select_best else (last[0] if last else None)
         shown = shown or {}
@@ -61,9 +61,9 @@ def by_point(points: Sequence[Mapping], rows: Sequence[Mapping]) -> list[dict]:
 
 def report(config, varied, points, rows, seconds, workdir: Path, say) -> dict:
     """Writes `results.csv`, `summary.json` and the pictures; prints the best points."""
-    from cifar_jax import records
-    from cifar_jax.canvas import attempt
-    from cifar_jax.report import counted
+    from cifar_jax.reporting import metrics_log
+    from cifar_jax.reporting.console import counted
+    from cifar_jax.reporting.plots import attempt
     from cifar_jax.runtime.environment import environment
     from cifar_jax.workdir import write_json
     from experiments import figures
@@ -92,7 +92,7 @@ def report(config, varied, points, rows, seconds, workdir: Path, say) -> dict:
     heading = f"{config.recipe_name}, {runs}"
     draw = functools.partial(figures.sweep, names, found, heading=heading)
     pictures = [path for paths in attempt({workdir / "plots": draw}, say) for path in paths]
-    summary = records.to_json(
+    summary = metrics_log.to_json(
         {
             **config.to_dict(),
             "points": found,

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from benchmarks import cases, conv_shapes, end_to_end, roofline
-from cifar_jax.report import epoch_line
+from cifar_jax.reporting.console import epoch_line
 from cifar_jax.runtime.errors import UserError
 
 SCRIPT = """

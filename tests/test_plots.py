@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from tiny_data import python
 
-from cifar_jax import canvas, plots
+from cifar_jax.reporting import plots
 from cifar_jax.runtime.errors import UserError
 
 NAMES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
@@ -37,10 +37,10 @@ def test_predictions_are_green_when_right_and_red_when_wrong(images, tmp_path):
     labels = np.arange(24) % 10
     right = pixels(plots.predictions(images, labels, labels, NAMES, tmp_path / "right.png"))
     wrong = pixels(plots.predictions(images, labels, 9 - labels, NAMES, tmp_path / "wrong.png"))
-    assert count(right, canvas.GREEN) > 100
-    assert count(right, canvas.RED) == 0
-    assert count(wrong, canvas.RED) > 100
-    assert count(wrong, canvas.GREEN) == 0
+    assert count(right, plots.GREEN) > 100
+    assert count(right, plots.RED) == 0
+    assert count(wrong, plots.RED) > 100
+    assert count(wrong, plots.GREEN) == 0
 
 
 @pytest.mark.parametrize("number", [1, 3, 12, 24])
@@ -113,15 +113,15 @@ def test_curves_mark_the_best_epoch_and_survive_gaps(tmp_path):
     rows.insert(0, {"kind": "window", "epoch": 1, "step": 50, "loss": 2.2})
     rows.append({"kind": "test", "test_loss": 1.0})
     picture = pixels(plots.curves(rows, tmp_path / "curves.png", heading="dropout"))
-    assert count(picture, canvas.BLUE) > 200
-    assert count(picture, canvas.ORANGE) > 100
+    assert count(picture, plots.BLUE) > 200
+    assert count(picture, plots.ORANGE) > 100
 
 
 def test_curves_without_validation_have_no_validation_line(tmp_path):
     rows = [{"kind": "epoch", "epoch": 1, "step": 5, "train_loss": 1.0, "train_accuracy": 0.3}]
     picture = pixels(plots.curves(rows, tmp_path / "curves.png"))
-    assert count(picture, canvas.ORANGE) == 0
-    assert count(picture, canvas.BLUE) > 20
+    assert count(picture, plots.ORANGE) == 0
+    assert count(picture, plots.BLUE) > 20
     with pytest.raises(UserError, match="no epoch"):
         plots.curves([], tmp_path / "none.png")
 
@@ -153,7 +153,7 @@ def test_odd_class_names_and_a_users_own_style(images, tmp_path):
 PICTURE = """
 import os, sys
 import numpy as np
-from cifar_jax import plots
+from cifar_jax.reporting import plots
 plots.channels(np.zeros((2, 2, 3), np.float32), sys.argv[1])
 import matplotlib
 print(os.environ["MPLBACKEND"], matplotlib.rcParams["backend"] == os.environ["MPLBACKEND"])
@@ -172,7 +172,7 @@ def test_pictures_that_fail_cost_a_line_for_each_reason(tmp_path):
         raise ValueError("odd\nvalue")
 
     def full(path):
-        canvas.save(Image.new("L", (9, 9)), "/dev/full")
+        plots.save(Image.new("L", (9, 9)), "/dev/full")
 
     said = []
     pictures = {
@@ -181,7 +181,7 @@ def test_pictures_that_fail_cost_a_line_for_each_reason(tmp_path):
         tmp_path / "c": str,
         tmp_path / "d": full,
     }
-    assert canvas.attempt(pictures, said.append) == [str(tmp_path / "c")]
+    assert plots.attempt(pictures, said.append) == [str(tmp_path / "c")]
     assert said == [
         f"warning: not drawn: {tmp_path}/a, {tmp_path}/d: No space left on device",
         f"warning: not drawn: {tmp_path}/b: odd value",

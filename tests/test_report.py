@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cifar_jax import records, report
-from cifar_jax.progress import Progress
+from cifar_jax.reporting import console, metrics_log
+from cifar_jax.reporting.console import Progress
 from cifar_jax.runtime.environment import environment
 from cifar_jax.runtime.errors import UserError
 from cifar_jax.runtime.streams import printable
@@ -27,11 +27,11 @@ NAMES = ["cat", "ship", "airplane", "dog"]
 
 def test_rates_divide_once_and_take_device_scalars():
     sums = {"loss": jnp.float32(6.0), "correct": jnp.float32(3.0), "count": jnp.float32(4.0)}
-    assert report.rates(sums) == {"loss": 1.5, "accuracy": 0.75, "count": 4}
+    assert console.rates(sums) == {"loss": 1.5, "accuracy": 0.75, "count": 4}
 
 
 def test_rates_over_nothing_are_nan():
-    means = report.rates({"loss": 0.0, "correct": 0, "count": 0})
+    means = console.rates({"loss": 0.0, "correct": 0, "count": 0})
     assert math.isnan(means["loss"])
     assert math.isnan(means["accuracy"])
 
@@ -39,7 +39,7 @@ def test_rates_over_nothing_are_nan():
 def test_results_agree_with_counting_by_hand():
     # true 0 0 1 2 2 2, taken for 0 1 1 2 0 2; no image of the last class
     confusion = np.array([[1, 1, 0, 0], [0, 1, 0, 0], [1, 0, 2, 0], [0, 0, 0, 0]], np.int32)
-    result = report.results({"loss": 3.0, "correct": 4, "count": 6}, confusion, NAMES)
+    result = console.results({"loss": 3.0, "correct": 4, "count": 6}, confusion, NAMES)
     assert (result["test_loss"], result["test_correct"], result["test_count"]) == (0.5, 4, 6)
     assert result["test_accuracy"] == pytest.approx(4 / 6)
     assert result["per_class"][2] == {
@@ -54,9 +54,9 @@ def test_best_epoch_is_the_first_lowest_finite_one():
         {"kind": "epoch", "epoch": k + 1, "validation_loss": loss} for k, loss in enumerate(losses)
     ]
     rows.insert(0, {"kind": "window", "loss": 0.0})
-    assert report.best_epoch(rows)["epoch"] == 3
-    assert report.best_epoch([{"kind": "epoch", "epoch": 1}]) is None
-    assert report.best_epoch(rows[:2]) is None
+    assert console.best_epoch(rows)["epoch"] == 3
+    assert console.best_epoch([{"kind": "epoch", "epoch": 1}]) is None
+    assert console.best_epoch(rows[:2]) is None
 
 
 # --- lines
@@ -64,9 +64,9 @@ def test_best_epoch_is_the_first_lowest_finite_one():
 
 def test_window_line_counts_steps_within_the_epoch():
     row = {"kind": "window", "epoch": 1, "step": 2000, "loss": 2.1921}
-    assert report.window_line(row, 12500) == "epoch 1  step  2000/12500  loss 2.192"
+    assert console.window_line(row, 12500) == "epoch 1  step  2000/12500  loss 2.192"
     row = {"kind": "window", "epoch": 2, "step": 24500, "loss": None}
-    assert report.window_line(row, 12500) == "epoch 2  step 12000/12500  loss nan"
+    assert console.window_line(row, 12500) == "epoch 2  step 12000/12500  loss nan"
 
 
 def test_epoch_line_with_and_without_validation():
@@ -74,18 +74,18 @@ def test_epoch_line_with_and_without_validation():
         "kind": "epoch", "epoch": 3, "step": 6000, "train_loss": 1.23456, "train_accuracy": 0.5512,
     }  # fmt: skip
     plain = "epoch  3/30  train loss 1.2346 accuracy 55.12 %"
-    assert report.epoch_line(row, 30) == plain
+    assert console.epoch_line(row, 30) == plain
     row |= {"validation_loss": 1.1, "validation_accuracy": 0.6, "timing": {"seconds": 12.34}}
-    assert report.epoch_line(row, 30, best=True) == (
+    assert console.epoch_line(row, 30, best=True) == (
         f"{plain}  validation loss 1.1000 accuracy 60.00 %  12.3 s  * best so far"
     )
     # As read back from a log: numbers that were not finite are None.
     row |= {"validation_loss": None, "validation_accuracy": None}
-    assert "validation loss nan accuracy   nan %" in report.epoch_line(row, 30)
+    assert "validation loss nan accuracy   nan %" in console.epoch_line(row, 30)
 
 
 def test_first_images_stand_under_each_other():
-    text = report.first_images_lines([0, 1, 1, 2, 3], np.array([3, 1, 2, 2, 0]), NAMES)
+    text = console.first_images_lines([0, 1, 1, 2, 3], np.array([3, 1, 2, 2, 0]), NAMES)
     assert text == (
         "GroundTruth: cat ship ship     airplane\nPredicted:   dog ship airplane airplane"
     )
@@ -95,17 +95,17 @@ def test_results_lines_give_counts_and_columns_for_many_classes():
     confusion = np.diag([816, 88, 0, 0])
     confusion[0, 1], confusion[1, 0] = 184, 912
     sums = {"loss": 1507.58, "correct": 904, "count": 2000}
-    lines = report.results_lines(report.results(sums, confusion, NAMES)).splitlines()
+    lines = console.results_lines(console.results(sums, confusion, NAMES)).splitlines()
     assert lines[0] == "Test loss 0.753790"
     assert lines[1] == "Test accuracy 45.20 % (904/2000)"
     assert lines[2] == "  cat        81.6 % ( 816/1000)"
     assert lines[3] == "  ship        8.8 % (  88/1000)"
     assert lines[5].split() == ["dog", "-", "(", "0/0)"]
     names = [f"class{k}" for k in range(100)]
-    many = report.results(
+    many = console.results(
         {"loss": 1.0, "correct": 100, "count": 100}, np.eye(100, dtype=int), names
     )
-    lines = report.results_lines(many, split="Validation").splitlines()
+    lines = console.results_lines(many, split="Validation").splitlines()
     assert len(lines) < 60
     assert max(map(len, lines)) <= 104
     assert all("\n".join(lines).count(f"{name} ") == 1 for name in names)
@@ -113,7 +113,7 @@ def test_results_lines_give_counts_and_columns_for_many_classes():
 
 
 def test_timing_line():
-    line = report.timing_line({"data": 0.84, "compile": 2.06, "training": 65.0}, 24300.4)
+    line = console.timing_line({"data": 0.84, "compile": 2.06, "training": 65.0}, 24300.4)
     assert line == "Time: data 0.8 s, compile 2.1 s, training 65.0 s; 24,300 training images/s"
 
 
@@ -164,8 +164,8 @@ def test_without_a_stream_nothing_is_printed(monkeypatch, stream):
 
 
 def test_one_is_no_plural():
-    assert report.counted(1, "epoch") == "1 epoch"
-    assert report.counted(2, "entry", "entries") == "2 entries"
+    assert console.counted(1, "epoch") == "1 epoch"
+    assert console.counted(2, "entry", "entries") == "2 entries"
 
 
 # --- metrics.jsonl
@@ -177,25 +177,25 @@ def path(tmp_path):
 
 
 def test_rows_come_back_as_written(path):
-    with records.MetricsLog(path) as log:
+    with metrics_log.MetricsLog(path) as log:
         row = log.append("window", epoch=1, step=np.int32(5), loss=jnp.float32(1.5), name="고양이")
         log.append("epoch", epoch=1, loss=math.nan, values=np.array([1.0, math.inf]))
         log.append("test", text="\u2028 and \udcff", timing={"seconds": 1.0})
     assert row["kind"] == "window"
-    rows = records.read_metrics(path)
+    rows = metrics_log.read_metrics(path)
     assert rows[0] == {"kind": "window", "epoch": 1, "step": 5, "loss": 1.5, "name": "고양이"}
     assert rows[1] == {"kind": "epoch", "epoch": 1, "loss": None, "values": [1.0, None]}
     assert rows[2]["text"] == "\u2028 and \udcff"
-    assert records.read_metrics(path, "epoch") == [rows[1]]
-    assert records.read_metrics(path, timing=False)[2].keys() == {"kind", "text"}
+    assert metrics_log.read_metrics(path, "epoch") == [rows[1]]
+    assert metrics_log.read_metrics(path, timing=False)[2].keys() == {"kind", "text"}
     assert "고양이" in path.read_text(encoding="utf-8")
 
 
 def test_floats_are_exact(path):
     values = [0.1, 1 / 3, 2**-1074, 1.7976931348623157e308, float(np.float32(0.1))]
-    with records.MetricsLog(path) as log:
+    with metrics_log.MetricsLog(path) as log:
         log.append("window", values=values)
-    assert records.read_metrics(path)[0]["values"] == values
+    assert metrics_log.read_metrics(path)[0]["values"] == values
 
 
 def test_a_resumed_log_is_byte_identical_to_an_unbroken_one(path, tmp_path):
@@ -203,14 +203,14 @@ def test_a_resumed_log_is_byte_identical_to_an_unbroken_one(path, tmp_path):
         for step in steps:
             log.append("window", step=step, loss=1 / (step + 1))
 
-    with records.MetricsLog(tmp_path / "unbroken.jsonl") as log:
+    with metrics_log.MetricsLog(tmp_path / "unbroken.jsonl") as log:
         write(log, range(10))
-    with records.MetricsLog(path) as log:
+    with metrics_log.MetricsLog(path) as log:
         write(log, range(4))
         log.sync()
         checkpoint = log.offset()
         write(log, range(4, 7))
-    with records.MetricsLog(path) as log:
+    with metrics_log.MetricsLog(path) as log:
         assert log.truncate(checkpoint) == 0
         assert log.offset() == checkpoint
         write(log, range(4, 10))
@@ -218,7 +218,7 @@ def test_a_resumed_log_is_byte_identical_to_an_unbroken_one(path, tmp_path):
 
 
 def test_a_crash_at_any_byte_leaves_a_readable_log(path):
-    with records.MetricsLog(path) as log:
+    with metrics_log.MetricsLog(path) as log:
         for step in range(3):
             log.append("window", step=step, name="고")
     whole = path.read_bytes()
@@ -226,16 +226,16 @@ def test_a_crash_at_any_byte_leaves_a_readable_log(path):
     for length in range(len(whole) + 1):
         path.write_bytes(whole[:length])
         complete = sum(end <= length for end in ends) - 1
-        assert [row["step"] for row in records.read_metrics(path)] == list(range(complete))
-        with records.MetricsLog(path) as log:
+        assert [row["step"] for row in metrics_log.read_metrics(path)] == list(range(complete))
+        with metrics_log.MetricsLog(path) as log:
             assert log.offset() == ends[complete]
             log.append("window", step=99)
-        steps = [row["step"] for row in records.read_metrics(path)]
+        steps = [row["step"] for row in metrics_log.read_metrics(path)]
         assert steps == [*range(complete), 99]
 
 
 def test_truncate_says_when_rows_are_missing_and_never_cuts_a_row_in_two(path):
-    with records.MetricsLog(path) as log:
+    with metrics_log.MetricsLog(path) as log:
         log.append("window", step=0)
         end = log.offset()
         log.append("window", step=1)
@@ -243,25 +243,25 @@ def test_truncate_says_when_rows_are_missing_and_never_cuts_a_row_in_two(path):
         assert log.offset() == end
         assert log.truncate(end + 1000) == 1000
         log.append("window", step=2)
-    assert [row["step"] for row in records.read_metrics(path)] == [0, 2]
+    assert [row["step"] for row in metrics_log.read_metrics(path)] == [0, 2]
 
 
 def test_a_last_line_of_zeros_is_left_out_but_a_broken_middle_is_an_error(path):
     path.parent.mkdir()
     path.write_bytes(b'{"kind":"window","step":1}\n\0\0\0\n')
-    assert [row["step"] for row in records.read_metrics(path)] == [1]
+    assert [row["step"] for row in metrics_log.read_metrics(path)] == [1]
     path.write_bytes(b'{"kind":"window"}\ngarbage\n{"kind":"window"}\n')
     with pytest.raises(UserError, match="line 2"):
-        records.read_metrics(path)
+        metrics_log.read_metrics(path)
     with pytest.raises(UserError, match="cannot read"):
-        records.read_metrics(path.with_name("absent"))
+        metrics_log.read_metrics(path.with_name("absent"))
 
 
 def test_a_full_disk_takes_the_row_back(tmp_path):
     # RLIMIT_FSIZE stops a write in the middle, as a full disk does.
     script = """
 import resource, signal, sys
-from cifar_jax.records import MetricsLog
+from cifar_jax.reporting.metrics_log import MetricsLog
 from cifar_jax.runtime.errors import UserError
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 log = MetricsLog(sys.argv[1])
@@ -279,18 +279,18 @@ log.append("window", step=2)
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "cannot write" in done.stdout
     assert str(path) in done.stdout
-    assert [row["step"] for row in records.read_metrics(path)] == [0, 2]
+    assert [row["step"] for row in metrics_log.read_metrics(path)] == [0, 2]
 
 
 def test_a_log_that_cannot_be_opened_is_one_clear_line(tmp_path):
     (tmp_path / "file").write_text("")
     for bad in (tmp_path, tmp_path / "file" / "metrics.jsonl"):
         with pytest.raises(UserError, match="cannot open"):
-            records.MetricsLog(bad)
+            metrics_log.MetricsLog(bad)
 
 
 def test_values_without_a_json_form_are_refused(path):
-    with records.MetricsLog(path) as log:
+    with metrics_log.MetricsLog(path) as log:
         with pytest.raises(TypeError, match="no JSON form"):
             log.append("window", loss=object())
         assert log.offset() == 0
@@ -300,18 +300,20 @@ def test_values_without_a_json_form_are_refused(path):
 
 
 def test_bytes_of_a_files_name_survive_json(tmp_path):
-    records.write_summary(tmp_path / "summary.json", {"source": "caf\udce9 고"})
+    metrics_log.write_summary(tmp_path / "summary.json", {"source": "caf\udce9 고"})
     assert json.loads((tmp_path / "summary.json").read_text("utf-8")) == {"source": "caf\udce9 고"}
 
 
 def test_summary_is_whole_or_as_before(tmp_path):
     path = tmp_path / "summary.json"
-    records.write_summary(path, {"test_loss": np.float32(0.5), "best": math.nan, "name": "고양이"})
+    metrics_log.write_summary(
+        path, {"test_loss": np.float32(0.5), "best": math.nan, "name": "고양이"}
+    )
     assert json.loads(path.read_text(encoding="utf-8")) == {
         "test_loss": 0.5, "best": None, "name": "고양이",
     }  # fmt: skip
     with pytest.raises(TypeError, match="no JSON form"):
-        records.write_summary(path, {"x": object()})
+        metrics_log.write_summary(path, {"x": object()})
     assert json.loads(path.read_text(encoding="utf-8"))["test_loss"] == 0.5
     assert os.listdir(tmp_path) == ["summary.json"]
 
@@ -345,7 +347,7 @@ def scalars(directory):
 
 def test_tensorboard_gets_every_number_at_its_step(tmp_path):
     pytest.importorskip("tensorboardX", reason="the extra `tensorboard` is not installed")
-    with records.TensorBoardLog(tmp_path) as log:
+    with metrics_log.TensorBoardLog(tmp_path) as log:
         log.append({"kind": "window", "epoch": 1, "step": 100, "loss": 2.0})
         timing = {"images_per_second": 5.0}
         log.append({"kind": "epoch", "epoch": 1, "step": 200, "train_loss": 1.5, "timing": timing})
@@ -360,7 +362,7 @@ def test_tensorboard_gets_every_number_at_its_step(tmp_path):
 def test_tensorboard_files_that_cannot_be_written_are_one_error(tmp_path):
     pytest.importorskip("tensorboardX", reason="the extra `tensorboard` is not installed")
     row = {"kind": "epoch", "epoch": 1, "step": 1, "train_loss": 1.0}
-    with records.TensorBoardLog(tmp_path) as log:
+    with metrics_log.TensorBoardLog(tmp_path) as log:
         good = log._writer._py_recordio_writer._writer
         log._writer._py_recordio_writer._writer = open("/dev/full", "wb")  # noqa: SIM115
         with pytest.raises(UserError, match=r"cannot write TensorBoard files to .*: No space left"):
@@ -369,18 +371,19 @@ def test_tensorboard_files_that_cannot_be_written_are_one_error(tmp_path):
             log._writer._py_recordio_writer._writer.close()
         log._writer._py_recordio_writer._writer = good
     with pytest.raises(UserError, match="cannot write TensorBoard files"):
-        records.TensorBoardLog("/proc/nosuch")
+        metrics_log.TensorBoardLog("/proc/nosuch")
 
 
 def test_tensorboard_absent_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
     with pytest.raises(UserError, match="pip install"):
-        records.TensorBoardLog(tmp_path)
+        metrics_log.TensorBoardLog(tmp_path)
 
 
 def test_importing_the_report_loads_nothing_heavy():
     script = (
-        "import sys, cifar_jax.report, cifar_jax.records, cifar_jax.plots\n"
+        "import sys, cifar_jax.reporting.console, cifar_jax.reporting.metrics_log\n"
+        "import cifar_jax.reporting.plots\n"
         "heavy = {'matplotlib', 'PIL', 'tqdm', 'tensorboardX', 'tensorflow', 'torch'}\n"
         "print(sorted(heavy & set(sys.modules)))"
     )

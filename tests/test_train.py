@@ -28,19 +28,11 @@ from tiny_data import (
     words,
 )
 
-from cifar_jax import (
-    inference,
-    input_pipeline,
-    make_model,
-    make_optimizer,
-    plots,
-    records,
-    steps,
-    train,
-)
+from cifar_jax import inference, input_pipeline, make_model, make_optimizer, steps, train
 from cifar_jax.datasets import load_dataset, shapes10
 from cifar_jax.parallel import placement, programs
 from cifar_jax.recipes import RECIPES
+from cifar_jax.reporting import metrics_log, plots
 from cifar_jax.runtime.errors import UserError
 from cifar_jax.workdir import Config, read_config
 
@@ -259,7 +251,7 @@ def test_pictures_and_events_that_fail_cost_a_warning(tiny, tmp_path, monkeypatc
     def fail(*_, **__):
         raise UserError("cannot write it")
 
-    monkeypatch.setattr(records.TensorBoardLog, "append", fail)
+    monkeypatch.setattr(metrics_log.TensorBoardLog, "append", fail)
     for name in words("curves mistakes"):
         monkeypatch.setattr(plots, name, fail)
     lines = []

@@ -17,7 +17,7 @@ from cifar_jax import inference, train
 from cifar_jax.checkpoints import restoring
 from cifar_jax.models import MODELS, make_model
 from cifar_jax.models.layers import ConvRelu, Dense, Dropout, Flatten
-from cifar_jax.records import read_metrics
+from cifar_jax.reporting.metrics_log import read_metrics
 from cifar_jax.workdir import read_config
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -189,7 +189,7 @@ def python(code: str, *arguments, folder: Path = ROOT, flags=()) -> str:
 
 _LAUNCHER = """
 import json, os, sys
-import cifar_jax.train, cifar_jax.finish, cifar_jax.plots, cifar_jax.training
+import cifar_jax.train, cifar_jax.finish, cifar_jax.reporting.plots, cifar_jax.training
 import matplotlib.pyplot, orbax.checkpoint, optax, PIL.Image, tqdm
 import tiny_data
 from cifar_jax.runtime.errors import run_command

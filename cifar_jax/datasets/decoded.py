@@ -26,7 +26,7 @@ import numpy as np
 
 from cifar_jax.datasets import decode
 from cifar_jax.datasets.locate import PreparedSet, writable
-from cifar_jax.progress import Progress, is_terminal
+from cifar_jax.reporting.console import Progress, is_terminal
 from cifar_jax.runtime.errors import UserError, notice
 from cifar_jax.runtime.files import absolute, lock, make_folder, user_cache
 

@@ -5,7 +5,7 @@ A row of `metrics.jsonl` is one JSON object with a `kind`:
 - `window`: `epoch`, `step`, `loss` (the mean over the steps since the window before);
 - `epoch`: `epoch`, `step`, `train_loss`, `train_accuracy`, `learning_rate`, and where there are
   validation images `validation_loss`, `validation_accuracy`;
-- `test`: what `cifar_jax.report.results` returns.
+- `test`: what `cifar_jax.reporting.console.results` returns.
 
 `epoch` counts from 1, `step` from the start of the run, losses are means an image in nats,
 accuracies lie in [0, 1]. What depends on the clock stands under `timing`, so that two runs of
