@@ -60,10 +60,10 @@ class OurReplicas(ReplicaSide):
 
         from cifar_jax import replicas
         from cifar_jax.parallel import placement, programs
-        from cifar_jax.run import Options, make_run
-        from cifar_jax.runs import Group
         from cifar_jax.runtime.timing import Clock, compile_seconds
-        from cifar_jax.workdir import Config, describe_data
+        from cifar_jax.training.runs import Group
+        from cifar_jax.training.setup import Options, make_run
+        from cifar_jax.training.workdir import Config, describe_data
 
         recipe, described = case.settings(precision), describe_data(dataset)
         options = Options(lowering=replicas.choose_lowering(self.form, "auto"))

@@ -26,7 +26,8 @@ def compared_steps(recipe) -> int:
 
 
 def plain_step(run):
-    """Returns the training step of a `cifar_jax.run.Run` without dropout and augmentation."""
+    """Returns the training step of a `cifar_jax.training.setup.Run` without dropout and
+    augmentation."""
     from cifar_jax import optimizers, steps
 
     recipe, model = run.config.recipe, run.model
@@ -97,10 +98,10 @@ class Ours(Side):
         self.lowering, self.fold, self.devices = lowering, fold, devices
 
     def cpu_threads(self, case: Case) -> int | None:
-        from cifar_jax import from_recipe
+        from cifar_jax.training import setup
 
         training = case.kind == "train"
-        return from_recipe.cpu_threads(case.settings(), self.devices) if training else None
+        return setup.cpu_threads(case.settings(), self.devices) if training else None
 
     def prepare(self, case: Case, dataset, precision: str, weights: Path, seconds: float) -> dict:
         """Builds the case and writes the initial weights to `weights` (.npz)."""
@@ -108,9 +109,9 @@ class Ours(Side):
 
         from cifar_jax import input_pipeline, steps
         from cifar_jax.parallel import hardware, placement
-        from cifar_jax.run import Options, make_run
         from cifar_jax.runtime.timing import Clock, compile_seconds
-        from cifar_jax.workdir import Config, describe_data
+        from cifar_jax.training.setup import Options, make_run
+        from cifar_jax.training.workdir import Config, describe_data
 
         recipe = case.settings(precision).replace(fold=self.fold)
         config = Config(case.recipe, recipe, 0, describe_data(dataset))
@@ -154,10 +155,10 @@ class Ours(Side):
 
     def _unfolded(self):
         """The initial weights as PyTorch has them."""
-        from cifar_jax import inference
+        from cifar_jax.training import evaluation
 
         image_shape = self.run.config.dataset["image_shape"]
-        return inference.unfold_initial(
+        return evaluation.unfold_initial(
             self.state.params, self.run.model, self.run.keys["state"], image_shape
         )
 
@@ -242,12 +243,10 @@ class OurStep(Ours):
         return losses
 
     def _begin(self) -> None:
-        from cifar_jax import from_recipe
+        from cifar_jax.training import setup
 
         run = self.run
-        self.step = self._jitted(
-            from_recipe.step_of(run.config.recipe, run.model, run.steps_per_epoch)
-        )
+        self.step = self._jitted(setup.step_of(run.config.recipe, run.model, run.steps_per_epoch))
 
     def _train(self) -> int:
         if self.row == self.rows:

@@ -248,14 +248,14 @@ def start_device(options: argparse.Namespace, recipe: Recipe | None = None) -> N
       recipe: what this process will train, if it does nothing else: a CPU's threads are then as
         many as this recipe is fastest with.
     """
-    from cifar_jax import from_recipe
     from cifar_jax.ops.convolution import LOWERINGS
     from cifar_jax.parallel import hardware
     from cifar_jax.runtime import compilation_cache
+    from cifar_jax.training import setup
 
     if options.conv not in LOWERINGS:
         raise UserError(f"unknown --conv {options.conv!r}; {nearest(options.conv, LOWERINGS)}")
-    threads = from_recipe.cpu_threads(recipe, options.devices) if recipe else None
+    threads = setup.cpu_threads(recipe, options.devices) if recipe else None
     hardware.select_platform(options.device, threads)
     compilation_cache.enable()
 

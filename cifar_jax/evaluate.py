@@ -53,7 +53,7 @@ def _load(options, config):
             f"{dataset.source} holds others"
         )
     from cifar_jax.datasets import Split
-    from cifar_jax.run import drawn
+    from cifar_jax.training.setup import drawn
 
     train, (_, _, chosen) = dataset.splits["train"], drawn(config)
     return dataset, Split(train.images[chosen], train.labels[chosen])
@@ -62,21 +62,21 @@ def _load(options, config):
 def main(arguments: Sequence[str] | None = None, say=print) -> dict:
     """Parses, evaluates, prints. Returns the results. Raises `UserError`."""
     options = make_parser().parse(arguments)
-    from cifar_jax import inference
     from cifar_jax.parallel import hardware
     from cifar_jax.reporting import console, metrics_log
+    from cifar_jax.training import evaluation
 
     cli.start_device(options)
-    trained = inference.load(
+    trained = evaluation.load(
         options.run, cli.checkpoint_name(options.checkpoint), lowering=options.conv
     )
     side = trained.config.dataset["image_shape"][0]
     if options.image_size is None and side != 32:
         options.image_size = side
     dataset, split = _load(options, trained.config)
-    inference.check_fits(trained, dataset)
-    found, _ = inference.evaluate_split(
-        *inference.programs(trained, options.devices, options.batch_size),
+    evaluation.check_fits(trained, dataset)
+    found, _ = evaluation.evaluate_split(
+        *evaluation.programs(trained, options.devices, options.batch_size),
         trained.variables,
         split,
         dataset.class_names,

@@ -68,7 +68,7 @@ def serving_function(trained) -> Callable:
     """Returns `images uint8 [N, H, W, 3] -> probabilities float32 [N, classes]`.
 
     Args:
-      trained: an `inference.Trained`, loaded with `lowering="lax"` so that it runs anywhere.
+      trained: an `evaluation.Trained`, loaded with `lowering="lax"` so that it runs anywhere.
     """
     import jax
 
@@ -170,7 +170,7 @@ def describe(trained, kind: str, content: bytes) -> dict:
 def main(arguments: Sequence[str] | None = None, say=print) -> dict:
     """Parses, exports, prints. Returns what OUT.json holds. Raises `UserError`."""
     options = make_parser().parse(arguments)
-    from cifar_jax import inference
+    from cifar_jax.training import evaluation
     from cifar_jax.weight_files import check_target, replacing
 
     kind = format_of(options.out, options.format)
@@ -178,7 +178,7 @@ def main(arguments: Sequence[str] | None = None, say=print) -> dict:
     for path in (out, beside):
         check_target(path, options.overwrite)
     which = cli.checkpoint_name(options.checkpoint)
-    trained = inference.load(options.run, which, lowering="lax")
+    trained = evaluation.load(options.run, which, lowering="lax")
     for line in trained.notices:
         say(f"warning: {line}")
     content = (to_onnx if kind == "onnx" else to_stablehlo)(trained)

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import jax
 
-from cifar_jax.from_recipe import input_shape
 from cifar_jax.models.layer_table import summarise
-from cifar_jax.run import Run
+from cifar_jax.training.setup import Run, input_shape
 
 # Of a state: as it goes into a program and as it comes out, its best so far, a save under way.
 STATES = 4

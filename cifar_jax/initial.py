@@ -59,11 +59,11 @@ def read(source: str | os.PathLike, which: str | int | None = None) -> weight_fi
 
 
 def of_run(source: str | os.PathLike, which: str | int | None = None):
-    """Returns (`inference.Trained`, its weights as `weight_files.Weights`) of a run."""
-    from cifar_jax import inference
+    """Returns (`evaluation.Trained`, its weights as `weight_files.Weights`) of a run."""
+    from cifar_jax.training import evaluation
 
-    trained = inference.load(source, which)
-    state = to_torch(**inference.unfolded(trained))
+    trained = evaluation.load(source, which)
+    state = to_torch(**evaluation.unfolded(trained))
     return trained, weight_files.Weights(state, list(trained.notices), {})
 
 

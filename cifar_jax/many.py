@@ -16,19 +16,19 @@ from typing import Any
 import numpy as np
 
 from cifar_jax import group_size, many_finish, replicas, shared_workdir
-from cifar_jax.checks import check_first_forward
 from cifar_jax.members import TrainedGroup, folder_of, write_members
 from cifar_jax.parallel.distributed import ALONE, Process
 from cifar_jax.parallel.placement import Placement
 from cifar_jax.reporting import metrics_log
 from cifar_jax.reporting.console import Progress, counted
-from cifar_jax.run import Run
-from cifar_jax.runs import Group, Print
 from cifar_jax.runtime import files
 from cifar_jax.runtime.errors import UserError
 from cifar_jax.runtime.timing import Clock
-from cifar_jax.training import Interrupted, Loop
-from cifar_jax.workdir import show_seeds, write_json
+from cifar_jax.training.checks import check_first_forward
+from cifar_jax.training.loop import Interrupted, Loop
+from cifar_jax.training.runs import Group, Print
+from cifar_jax.training.setup import Run
+from cifar_jax.training.workdir import show_seeds, write_json
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,12 +13,12 @@ from cifar_jax.parallel import programs as parallel_programs
 from cifar_jax.reporting import console, metrics_log
 from cifar_jax.reporting.console import counted
 from cifar_jax.reporting.plots import attempt
-from cifar_jax.run import Run
-from cifar_jax.runs import Print
 from cifar_jax.runtime.environment import environment
 from cifar_jax.runtime.errors import UserError
 from cifar_jax.runtime.timing import peak_memory
-from cifar_jax.workdir import write_json
+from cifar_jax.training.runs import Print
+from cifar_jax.training.setup import Run
+from cifar_jax.training.workdir import write_json
 
 if TYPE_CHECKING:
     from cifar_jax.many import Groups

@@ -10,15 +10,17 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from cifar_jax import finish, from_recipe, inference, input_pipeline, replicas, steps, training
+from cifar_jax import input_pipeline, replicas, steps
 from cifar_jax.checkpoints.saving import Checkpoints
 from cifar_jax.parallel import placement, programs
 from cifar_jax.reporting import metrics_log
-from cifar_jax.run import Run
-from cifar_jax.runs import Group
 from cifar_jax.runtime import files
-from cifar_jax.training import Position
-from cifar_jax.workdir import write_json
+from cifar_jax.training import evaluation, loop, setup
+from cifar_jax.training import summary as run_summary
+from cifar_jax.training.loop import Position
+from cifar_jax.training.runs import Group
+from cifar_jax.training.setup import Run
+from cifar_jax.training.workdir import write_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,14 +68,14 @@ def write_members(trained: TrainedGroup, workdir: Path) -> dict[int, int]:
             if i in lost:
                 continue
             own = {name: values[i] for name, values in sums.items()}
-            found, probabilities = inference.split_results(own, logits[i], names, size)
+            found, probabilities = evaluation.split_results(own, logits[i], names, size)
             log.append("test", **found)
         np.save(folder / "probabilities.npy", probabilities)
         how = {
             "runs_trained_together": len(members),
             "devices_sharing_a_batch": programs.sharing_a_batch(group.mesh),
         }
-        summary = finish.summarize(member, training.trained(member, best) | how, found)
+        summary = run_summary.summarize(member, loop.trained(member, best) | how, found)
         write_json(folder / "summary.json", metrics_log.to_json(summary))
     return {members[i].config.seed: step for i, step in lost.items()}
 
@@ -125,5 +127,5 @@ def _save(
     metrics = programs.empty_metrics(member.steps_per_epoch)
     seconds = member.clock.seconds()
     extra = {"epoch": epoch + 1, "step": 0, "metrics_offset": offset, "seconds": seconds}
-    payload = from_recipe.payload(state, metrics)
+    payload = setup.payload(state, metrics)
     checkpoints.save(epoch * member.steps_per_epoch, payload, extra, metric=metric)

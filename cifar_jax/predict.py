@@ -172,20 +172,20 @@ def main(arguments: Sequence[str] | None = None, say=print) -> list[dict]:
       UserError: an image could not be found or read; the others have been classified.
     """
     options = make_parser().parse(arguments)
-    from cifar_jax import inference
+    from cifar_jax.training import evaluation
 
     paths, bad = find_images(options.images)
     if not paths:
         _refuse(bad)
     cli.start_device(options)
-    trained = inference.load(
+    trained = evaluation.load(
         options.run, cli.checkpoint_name(options.checkpoint), lowering=options.conv
     )
     for line in trained.notices:
         print(f"warning: {line}", file=sys.stderr)
     height, width = trained.config.dataset["image_shape"][:2]
     size = min(options.batch_size, len(paths))
-    _, predict = inference.programs(trained, options.devices, size)
+    _, predict = evaluation.programs(trained, options.devices, size)
     names, results = trained.class_names, []
     for start in range(0, len(paths), size):
         chosen = []

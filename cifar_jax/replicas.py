@@ -30,10 +30,10 @@ from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from cifar_jax import checks, from_recipe
 from cifar_jax.parallel import hardware, programs
-from cifar_jax.run import Run
 from cifar_jax.runtime.errors import UserError, nearest
+from cifar_jax.training import checks, setup
+from cifar_jax.training.setup import Run
 
 AXIS = "replica"
 FORMS = ("auto", "map", "vmap")
@@ -248,8 +248,8 @@ def make_programs(run: Run, form: str, mesh: Mesh, step: Callable | None = None)
       step: `step(state, batch, **hparams)`; by default the recipe's, without hparams.
     """
     recipe = run.config.recipe
-    step = step or from_recipe.step_of(recipe, run.model, run.steps_per_epoch)
-    evaluate, predict = from_recipe.inference_steps(recipe, run.model)
+    step = step or setup.step_of(recipe, run.model, run.steps_per_epoch)
+    evaluate, predict = setup.inference_steps(recipe, run.model)
     return Programs(
         form=form,
         mesh=mesh,

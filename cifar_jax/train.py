@@ -104,7 +104,7 @@ def interruptible(command: str, words: Sequence[str], say) -> Iterator:
     Args:
       command, words: what goes on, as a module's name and its arguments.
     """
-    from cifar_jax.training import Interrupted
+    from cifar_jax.training.loop import Interrupted
 
     with stop_requests() as stop:
         try:
@@ -179,12 +179,13 @@ def _as_one(options, recipe_name, recipe, words: Sequence[str], say, apart) -> d
 
 
 def _main(options, recipe_name, recipe, words: Sequence[str], say, apart=None) -> dict:
-    from cifar_jax import finish, initial, many, many_finish, replicas, shared_workdir, training
-    from cifar_jax.from_recipe import input_shape
+    from cifar_jax import initial, many, many_finish, replicas, shared_workdir
     from cifar_jax.parallel import agreement
-    from cifar_jax.run import Options, make_run
     from cifar_jax.runtime.timing import Clock
-    from cifar_jax.workdir import Config, describe_data, open_workdir
+    from cifar_jax.training import loop
+    from cifar_jax.training import summary as run_summary
+    from cifar_jax.training.setup import Options, input_shape, make_run
+    from cifar_jax.training.workdir import Config, describe_data, open_workdir
 
     clock = Clock()
     asked = recipe
@@ -215,7 +216,7 @@ def _main(options, recipe_name, recipe, words: Sequence[str], say, apart=None) -
     name = default_name(dataclasses.replace(run.config, recipe=asked), options.image_size)
     workdir = absolute(options.workdir or f"runs/{name}")
     settings = agreement.settings(run)
-    opening = [*finish.opening_lines(run, workdir), *notices]
+    opening = [*run_summary.opening_lines(run, workdir), *notices]
     if seeds:
         settings |= {"replica form": form, "group size": options.group_size}
         plan = many.make_plan(
@@ -226,7 +227,7 @@ def _main(options, recipe_name, recipe, words: Sequence[str], say, apart=None) -
         opened = functools.partial(shared_workdir.open_shared, process=apart, settings=settings)
     else:
         agreement.check_same(settings)
-        shown, opened = finish.results_text, open_workdir
+        shown, opened = run_summary.results_text, open_workdir
     with opened(workdir, run.config, overwrite=options.overwrite) as resume:
         resume = agreement.from_leader(resume)
         summary = agreement.by_leader(lambda: _complete(workdir, shown, say) if resume else None)
@@ -238,8 +239,8 @@ def _main(options, recipe_name, recipe, words: Sequence[str], say, apart=None) -
             if seeds:
                 stop = shared_workdir.relayed(stop, workdir, apart)
                 return many.train_and_test(run, plan, workdir, stop, say)
-            state, trained = training.train(run, workdir, agreement.any_of(stop), say, resume)
-        return finish.finish(run, workdir, state, trained, say)
+            state, trained = loop.train(run, workdir, agreement.any_of(stop), say, resume)
+        return run_summary.finish(run, workdir, state, trained, say)
 
 
 def default_name(config, image_size: int | None = None) -> str:
@@ -248,7 +249,7 @@ def default_name(config, image_size: int | None = None) -> str:
     `--epochs` is not in it: a longer run goes on in the same directory. What a file's name should
     not hold becomes `_`, and a hash then tells such names apart, and long ones that are cut.
     """
-    from cifar_jax.workdir import show_seeds
+    from cifar_jax.training.workdir import show_seeds
 
     usual = RECIPES[config.recipe_name].to_dict() | {"epochs": config.recipe.epochs}
     given = config.recipe.to_dict().items()

@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from cifar_jax import cli
-from cifar_jax.from_recipe import TRACED
 from cifar_jax.recipes import Recipe
 from cifar_jax.runtime.errors import UserError, nearest
+from cifar_jax.training.setup import TRACED
 
 TYPES = typing.get_type_hints(Recipe)
 MAX_POINTS = 10_000

@@ -116,7 +116,7 @@ def _main(
     from cifar_jax import shared_workdir
     from cifar_jax.parallel import agreement
     from cifar_jax.train import interruptible
-    from cifar_jax.workdir import Config, describe_data
+    from cifar_jax.training.workdir import Config, describe_data
 
     dataset = cli.load_data(options, recipe.dataset, test_fraction=options.test_fraction)
     config = Config(
@@ -156,7 +156,7 @@ class Sweep:
         self, config, dataset, varied: Sequence[Axis], points: Sequence[dict], options, process
     ):
         from cifar_jax import replicas
-        from cifar_jax.run import Options
+        from cifar_jax.training.setup import Options
 
         self.config, self.dataset, self.points, self.options = config, dataset, points, options
         self.process = process
@@ -168,10 +168,11 @@ class Sweep:
 
     def train(self, workdir: Path, stop, say) -> tuple[list[dict], dict]:
         """Trains what is missing; returns a row for each run, and {phase: seconds}."""
-        from cifar_jax import from_recipe, many, many_finish, replicas
+        from cifar_jax import many, many_finish, replicas
         from cifar_jax.reporting.console import counted
-        from cifar_jax.run import make_run
         from cifar_jax.runtime.timing import Clock
+        from cifar_jax.training import setup
+        from cifar_jax.training.setup import make_run
 
         rows, seconds = [], {}
         runs, points = counted(self.count, "run"), counted(len(self.points), "point")
@@ -191,7 +192,7 @@ class Sweep:
                 self.form,
                 self.options.devices,
                 self.options.group_size,
-                from_recipe.swept_step_of(base, run.model, run.steps_per_epoch),
+                setup.swept_step_of(base, run.model, run.steps_per_epoch),
                 self.process,
             )
             if static:

@@ -17,9 +17,10 @@ from tiny_data import (
     words,
 )
 
-from cifar_jax import convert, inference, train, weight_files
+from cifar_jax import convert, train, weight_files
 from cifar_jax.runtime.errors import UserError
 from cifar_jax.torch_weights import to_torch
+from cifar_jax.training import evaluation
 
 torch = pytest.importorskip("torch", reason="needs PyTorch")
 
@@ -63,7 +64,7 @@ def files(complete, tmp_path_factory):
 
 def test_a_run_becomes_what_pytorch_loads_strictly(complete, files, tmp_path):
     """The averaged weights of the best epoch, as `evaluate` and `predict` take them."""
-    trained = inference.load(complete)
+    trained = evaluation.load(complete)
     images = np.random.default_rng(0).integers(0, 256, (20, 32, 32, 3)).astype(np.uint8)
     x = torch.tensor(images.transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1)
     ours = np.asarray(trained.logits(images))
@@ -80,7 +81,7 @@ def test_a_run_becomes_what_pytorch_loads_strictly(complete, files, tmp_path):
 def test_which_checkpoint(complete, files, tmp_path):
     earlier = weight_files.read(files / "earlier.safetensors").state
     for which in ("best", "latest"):
-        trained = inference.load(complete, which)
+        trained = evaluation.load(complete, which)
         result, lines = converted(complete, tmp_path / f"{which}.pth", "--checkpoint", which)
         assert result["sha256"] == weight_files.content_hash(to_torch(**trained.variables))
         assert result["sha256"] != weight_files.content_hash(earlier)
@@ -151,7 +152,7 @@ def test_another_number_of_classes_draws_the_last_layer_anew(files, tiny, tmp_pa
     (notice,) = [line for line in lines if line.startswith("notice")]
     assert "seven.pth has 7 classes, this data set 10: fc3 is drawn anew" in notice
     assert summary["init_from"]["redrawn"] == ["fc3"]
-    result = to_torch(**inference.load(tmp_path / "run").variables)
+    result = to_torch(**evaluation.load(tmp_path / "run").variables)
     for name, value in state.items():
         same = np.array_equal(result[name], value)
         assert same == (not name.startswith("fc3"))
@@ -225,7 +226,7 @@ def test_going_on_with_other_weights_is_refused(complete, files, tiny, tmp_path)
         config["init_from"] = {"source": 3}
         (drawn / name).write_text(json.dumps(config))
     with pytest.raises(UserError, match=r"config\.json is damaged"):
-        inference.load(drawn)
+        evaluation.load(drawn)
     assert snapshot(run) == before
 
 

@@ -11,9 +11,10 @@ from datasets_support import drop_test_split
 from PIL import Image
 from tiny_data import NAMES, STEPS, complete, prepare_tiny, small, tiny
 
-from cifar_jax import evaluate, inference, predict, train
+from cifar_jax import evaluate, predict, train
 from cifar_jax.datasets import load_dataset
 from cifar_jax.runtime.errors import UserError, run_command
+from cifar_jax.training import evaluation
 
 __all__ = ["complete", "small", "tiny"]
 
@@ -129,7 +130,7 @@ def test_test_images_as_files_give_evaluates_predictions(trained, tiny, test_ima
     for k in chosen:
         Image.fromarray(test_images.images[k]).save(tmp_path / f"{k:03d}.png")
     results, lines = predicted(trained, tmp_path, "--top-k", "10")
-    logits = np.asarray(inference.load(trained).logits(test_images.images[::5]), np.float64)
+    logits = np.asarray(evaluation.load(trained).logits(test_images.images[::5]), np.float64)
     shares = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
     assert [r["image"] for r in results] == [str(tmp_path / f"{k:03d}.png") for k in chosen]
     for result, share, line in zip(results, shares, lines, strict=True):
@@ -416,7 +417,7 @@ def test_damaged_files_bring_one_line(test_images, tmp_path):
 
 def test_a_damaged_best_checkpoint_is_said(trained, tiny, tmp_path):
     shutil.copytree(trained, tmp_path / "run")
-    best = inference.load(trained).step
+    best = evaluation.load(trained).step
     folder = tmp_path / "run" / "checkpoints" / str(best)
     (largest,) = sorted(folder.rglob("*"), key=lambda p: p.stat().st_size * p.is_file())[-1:]
     largest.write_bytes(largest.read_bytes()[:-9])

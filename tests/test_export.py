@@ -12,8 +12,9 @@ import pytest
 from PIL import Image
 from tiny_data import NAMES, complete, tiny, words
 
-from cifar_jax import export, inference, predict
+from cifar_jax import export, predict
 from cifar_jax.runtime.errors import UserError, run_command
+from cifar_jax.training import evaluation
 
 __all__ = ["complete", "tiny"]
 
@@ -82,7 +83,7 @@ def test_the_facts_beside_it(artifact, complete):
     assert facts["class_names"] == NAMES
     assert facts["image_shape"] == [32, 32, 3]
     assert facts["sha256"] == hashlib.sha256(artifact.read_bytes()).hexdigest()
-    assert facts["step"] == inference.load(complete).step
+    assert facts["step"] == evaluation.load(complete).step
     assert facts["versions"]["jax"] == jax.__version__
     assert (facts["model"], facts["normalize"]) == ("tutorial_cnn", "half")
     assert str(complete) not in json.dumps(facts), "no path of this machine"

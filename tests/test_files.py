@@ -13,7 +13,7 @@ from cifar_jax import convert, evaluate, export, predict, pretrained, train
 from cifar_jax.datasets import decoded, locate
 from cifar_jax.runtime import files
 from cifar_jax.runtime.errors import UserError
-from cifar_jax.workdir import open_workdir
+from cifar_jax.training.workdir import open_workdir
 from experiments import sweep
 
 

@@ -9,7 +9,7 @@ import optax
 import pytest
 from quick import jit
 
-from cifar_jax import inference, initial, input_pipeline, steps, weight_files
+from cifar_jax import initial, input_pipeline, steps, weight_files
 from cifar_jax.models import fold
 from cifar_jax.models.fold import mean_of_normal_blocks, normal_blocks
 from cifar_jax.models.vgg import VGG
@@ -18,7 +18,8 @@ from cifar_jax.optimizers import make_optimizer
 from cifar_jax.recipes import Recipe
 from cifar_jax.runtime.errors import UserError
 from cifar_jax.torch_weights import to_torch
-from cifar_jax.workdir import Config
+from cifar_jax.training import evaluation
+from cifar_jax.training.workdir import Config
 
 STEPS, BATCH, CHANNELS, HIDDEN = 20, 4, 6, 8
 IMAGE = (4, 4, 3)  # two pools leave one pixel
@@ -208,8 +209,8 @@ def test_a_runs_weights_unfold_from_its_seed():
             labels = rng.integers(0, 10, 4).astype(np.int32)
             state, _ = step(state, {"image": images, "label": labels})
         variables = steps.inference_variables(state)
-        trained = inference.Trained(config, net, variables, None, 3, None, [])
-        found[folded] = inference.unfolded(trained)["params"]
+        trained = evaluation.Trained(config, net, variables, None, 3, None, [])
+        found[folded] = evaluation.unfolded(trained)["params"]
     # Linear weights are so small at first that a millionth of the largest is what counts.
     assert difference(found[True], found[False]) < 1e-5
 
@@ -223,12 +224,12 @@ def test_weights_from_a_file_are_folded_and_unfold_again(tmp_path):
     assert set(found.variables["params"]["classifier_0"]) == {"mean_kernel", "bias"}
     moved = jax.tree.map(lambda x: jnp.asarray(x) + 0.25, found.variables["params"])
     config = Config("vgg16_finetune", ADAM, 3, data, init_from=found.record)
-    trained = inference.Trained(config, model(True), {"params": moved}, None, 3, None, [])
-    back = inference.unfolded(trained)["params"]
+    trained = evaluation.Trained(config, model(True), {"params": moved}, None, 3, None, [])
+    back = evaluation.unfolded(trained)["params"]
     assert difference(back, jax.tree.map(lambda x: x + np.float32(0.25), params)) < 1e-6
     weight_files.write(path, to_torch(jax.tree.map(lambda x: 2 * x, params)), {}, overwrite=True)
     with pytest.raises(UserError, match="has changed since"):
-        inference.unfolded(trained)
+        evaluation.unfolded(trained)
     path.unlink()
     with pytest.raises(UserError, match="takes the weights the run started from"):
-        inference.unfolded(trained)
+        evaluation.unfolded(trained)

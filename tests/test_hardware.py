@@ -9,11 +9,11 @@ import jax
 import pytest
 from tiny_data import python
 
-from cifar_jax import from_recipe
 from cifar_jax.parallel import hardware
 from cifar_jax.recipes import RECIPES
 from cifar_jax.runtime.environment import usable_cores
 from cifar_jax.runtime.errors import UserError
+from cifar_jax.training import setup
 
 
 def test_devices_are_asked_for_by_name():
@@ -105,7 +105,7 @@ def test_devices_that_share_a_batch():
 
 def test_only_the_smallest_steps_are_computed_by_one_thread():
     def threads(name, devices="auto", **changes):
-        return from_recipe.cpu_threads(RECIPES[name].replace(**changes), devices)
+        return setup.cpu_threads(RECIPES[name].replace(**changes), devices)
 
     assert threads("tutorial") == 1
     assert threads("tutorial", batch_size=15) == 1

@@ -16,8 +16,8 @@ from tiny_data import SIZES, rows_of, small, states_of, summary_of, tiny, words
 from cifar_jax import convert, evaluate, group_size, many_finish, predict, recipes, train
 from cifar_jax.parallel import programs
 from cifar_jax.recipes import RECIPES
-from cifar_jax.run import Run
 from cifar_jax.runtime.errors import UserError, run_command
+from cifar_jax.training.setup import Run
 
 __all__ = ["small", "tiny"]
 

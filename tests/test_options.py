@@ -11,13 +11,14 @@ import pytest
 from quick import jit
 from tiny_data import tiny, words
 
-from cifar_jax import augment, evaluate, from_recipe, inference, input_pipeline, optimizers, train
+from cifar_jax import augment, evaluate, input_pipeline, optimizers, train
 from cifar_jax.models.layers import Dense, Dropout, Flatten
 from cifar_jax.optimizers import make_optimizer
 from cifar_jax.parallel import programs as parallel_programs
 from cifar_jax.recipes import Recipe
 from cifar_jax.runtime.errors import UserError
 from cifar_jax.steps import create_state, make_preprocess, predict_step, train_step
+from cifar_jax.training import evaluation, setup
 
 __all__ = ["tiny"]
 
@@ -59,8 +60,8 @@ def batch_of(count, seed=0):
 @functools.cache
 def programs(recipe, model):
     """The state before the first step of `recipe`, and its compiled step."""
-    create = from_recipe.state_maker(recipe, model, 4, SHAPE)
-    return jit(create)(jax.random.key(0)), jit(from_recipe.step_of(recipe, model, 4))
+    create = setup.state_maker(recipe, model, 4, SHAPE)
+    return jit(create)(jax.random.key(0)), jit(setup.step_of(recipe, model, 4))
 
 
 def run_steps(recipe, steps=3, model=None, mask=None):
@@ -154,7 +155,7 @@ def test_frozen_layers_stay_and_cost_nothing():
     whole, _ = run_steps(recipe, steps=1)
     assert_close(one.params["features_10"], whole.params["features_10"], rtol=1e-6)
     # Nothing is differentiated by the frozen kernel: no [48, 8] gradient in the program.
-    step = from_recipe.step_of(frozen, Tiny(), 4)
+    step = setup.step_of(frozen, Tiny(), 4)
     shapes = [
         variable.aval.shape
         for equation in jax.make_jaxpr(step)(start, batch_of(10)).jaxpr.eqns
@@ -242,7 +243,7 @@ def test_resizing_in_every_use_and_in_bfloat16():
     recipe = Recipe(resize=7)
     state, _ = run_steps(recipe, steps=1)
     assert state.params["features_1"]["kernel"].shape == (7 * 7 * 3, 8)
-    prepare = from_recipe.preprocess_of(recipe)
+    prepare = setup.preprocess_of(recipe)
     logits = predict_step({"params": state.params}, images, model=Tiny(), preprocess=prepare)
     assert logits.shape == (3, 5)
 
@@ -268,7 +269,7 @@ def test_a_cpu_cuts_large_batches_of_small_networks_by_itself():
         new, sums = step(state, batch)
         assert_close(sums, jit(plain)(state, batch)[1], rtol=1e-5)
         assert_close(new.params, jit(plain)(state, batch)[0].params, rtol=1e-4, atol=1e-5)
-        uncompiled = from_recipe.step_of(recipe, Tiny(), 4)
+        uncompiled = setup.step_of(recipe, Tiny(), 4)
         assert ("scan[" in str(jax.make_jaxpr(uncompiled)(state, batch))) == loops
     assert [parallel_programs.microbatches(size, state) for size in (1, 63, 65, 255, 512)] == [
         1,
@@ -341,8 +342,8 @@ def test_a_run_with_every_option(tiny, tmp_path):
         in said
     )
     assert summary["recipe"]["rate_scale"] == ["fc1=0.1", "fc3=2"]
-    trained = inference.load(tmp_path / "run")
-    create = from_recipe.state_maker(trained.config.recipe, trained.model, 8, (32, 32, 3))
+    trained = evaluation.load(tmp_path / "run")
+    create = setup.state_maker(trained.config.recipe, trained.model, 8, (32, 32, 3))
     start = jit(create)(input_pipeline.run_keys(42)["state"]).params
     shapes = jax.tree.map(jnp.shape, trained.variables["params"])
     assert shapes["fc1"]["kernel"] == (16 * 2 * 2, 120)

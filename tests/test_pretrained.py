@@ -17,9 +17,10 @@ import numpy as np
 import pytest
 from tiny_data import tiny, words
 
-from cifar_jax import inference, initial, make_model, pretrained, train, weight_files
+from cifar_jax import initial, make_model, pretrained, train, weight_files
 from cifar_jax.runtime.errors import UserError
 from cifar_jax.torch_weights import torch_shapes
+from cifar_jax.training import evaluation
 
 __all__ = ["tiny"]
 
@@ -152,7 +153,7 @@ def test_a_run_starts_from_published_weights(published, tiny, tmp_path):
     said = "\n".join(lines)
     assert f"Weights    from {pretrained.cache_dir() / served.name}" in said
     assert "has 1000 classes, this data set 10: fc3 is drawn anew" in said
-    found = inference.load(tmp_path / "run").variables["params"]
+    found = evaluation.load(tmp_path / "run").variables["params"]
     state = weight_files.read(served).state
     np.testing.assert_array_equal(found["fc2"]["kernel"], state["fc2.weight"].T)
     assert found["fc3"]["kernel"].shape == (84, 10)

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from tiny_data import NAMES, ROOT, complete, python, tiny
 
-from cifar_jax import export, inference
+from cifar_jax import export
 from cifar_jax.recipes import settings_table
+from cifar_jax.training import evaluation
 
 __all__ = ["complete", "tiny"]
 
@@ -31,7 +32,7 @@ def test_the_example_of_serving_runs_on_what_export_writes(complete, tmp_path):
     (block,) = SERVING
     export.main([str(complete), str(tmp_path / "model.stablehlo")], say=id)
     lines = run(block, tmp_path).splitlines()
-    (expected,) = np.asarray(inference.load(complete).logits(np.zeros((1, 32, 32, 3), np.uint8)))
+    (expected,) = np.asarray(evaluation.load(complete).logits(np.zeros((1, 32, 32, 3), np.uint8)))
     shares = np.exp(expected) / np.exp(expected).sum()
     assert len(lines) == 2
     for line in lines:

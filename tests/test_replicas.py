@@ -12,7 +12,7 @@ import pytest
 from quick import jit
 from tiny_data import Small
 
-from cifar_jax import from_recipe, group_size, input_pipeline, replicas
+from cifar_jax import group_size, input_pipeline, replicas
 from cifar_jax.models.layers import Dense, Dropout, Flatten
 from cifar_jax.parallel import placement, programs
 from cifar_jax.parallel.placement import Examples
@@ -20,6 +20,7 @@ from cifar_jax.recipes import RECIPES
 from cifar_jax.runtime.errors import UserError
 from cifar_jax.runtime.timing import Clock, compile_seconds
 from cifar_jax.steps import create_state, eval_step, train_step
+from cifar_jax.training import setup
 
 STEPS, BATCH = 4, 4
 
@@ -38,12 +39,12 @@ SEEDS = (0, 1, 2)
 
 
 def step_of(lowering="gemm"):
-    return from_recipe.step_of(RECIPE, Small(10, lowering), STEPS)
+    return setup.step_of(RECIPE, Small(10, lowering), STEPS)
 
 
 @functools.cache
 def draw():
-    create = from_recipe.state_maker(RECIPE, Small(), STEPS, (32, 32, 3))
+    create = setup.state_maker(RECIPE, Small(), STEPS, (32, 32, 3))
     return programs.compile_for_one_call(create)
 
 

@@ -28,13 +28,14 @@ from tiny_data import (
     words,
 )
 
-from cifar_jax import inference, input_pipeline, make_model, make_optimizer, steps, train
+from cifar_jax import input_pipeline, make_model, make_optimizer, steps, train
 from cifar_jax.datasets import load_dataset, shapes10
 from cifar_jax.parallel import placement, programs
 from cifar_jax.recipes import RECIPES
 from cifar_jax.reporting import metrics_log, plots
 from cifar_jax.runtime.errors import UserError
-from cifar_jax.workdir import Config, read_config
+from cifar_jax.training import evaluation
+from cifar_jax.training.workdir import Config, read_config
 
 __all__ = ["complete", "small", "tiny"]
 
@@ -166,7 +167,7 @@ def test_the_best_epoch_is_tested(complete, tiny):
     best = min(epochs, key=lambda row: row["validation_loss"])
     assert summary["best_epoch"] == summary["tested_epoch"] == best["epoch"]
     assert summary["best_validation_loss"] == best["validation_loss"]
-    trained = inference.load(complete)
+    trained = evaluation.load(complete)
     assert trained.step == best["step"]
     test = load_dataset("cifar10", data_dir=tiny, progress=False).splits["test"]
     logits = np.asarray(trained.logits(test.images), np.float64)
@@ -362,7 +363,7 @@ def test_divergence_stops_at_once_and_keeps_what_was_good(tiny, tmp_path):
     message = str(caught.value)
     assert "\n" not in message
     assert "--learning-rate" in message
-    state = inference.load(workdir, "latest")
+    state = evaluation.load(workdir, "latest")
     assert f"checkpoint of step {state.step} is kept" in message
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.variables))
     assert not (workdir / "summary.json").exists()

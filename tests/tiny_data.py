@@ -13,12 +13,13 @@ import jax
 import numpy as np
 import pytest
 
-from cifar_jax import inference, train
+from cifar_jax import train
 from cifar_jax.checkpoints import restoring
 from cifar_jax.models import MODELS, make_model
 from cifar_jax.models.layers import ConvRelu, Dense, Dropout, Flatten
 from cifar_jax.reporting.metrics_log import read_metrics
-from cifar_jax.workdir import read_config
+from cifar_jax.training import evaluation
+from cifar_jax.training.workdir import read_config
 
 ROOT = Path(__file__).resolve().parent.parent
 words = str.split
@@ -125,7 +126,7 @@ def states_of(workdir: Path) -> dict[str, np.ndarray]:
     """Every array of the latest and of the best checkpoint, and what else they hold."""
     config = read_config(workdir)
     model = make_model(config.recipe.model, len(config.dataset["class_names"]))
-    abstract = inference.abstract_payload(config, model)
+    abstract = evaluation.abstract_payload(config, model)
     found = {}
     for which in ("latest", "best"):
         restored = restoring.restore(workdir / "checkpoints", abstract, which=which)
@@ -189,7 +190,8 @@ def python(code: str, *arguments, folder: Path = ROOT, flags=()) -> str:
 
 _LAUNCHER = """
 import json, os, sys
-import cifar_jax.train, cifar_jax.finish, cifar_jax.reporting.plots, cifar_jax.training
+import cifar_jax.train, cifar_jax.reporting.plots
+import cifar_jax.training.summary, cifar_jax.training.loop
 import matplotlib.pyplot, orbax.checkpoint, optax, PIL.Image, tqdm
 import tiny_data
 from cifar_jax.runtime.errors import run_command

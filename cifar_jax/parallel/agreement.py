@@ -78,7 +78,7 @@ def check_settings(leaders: Mapping[str, Any], theirs: Mapping[str, Any], proces
 
 
 def settings(run) -> dict[str, Any]:
-    """Returns what must be the same in all processes of a run (`run.Run`)."""
+    """Returns what must be the same in all processes of a run (`setup.Run`)."""
     config = run.config.to_dict()
     init = config.pop("init_from", None) or {}
     return {

@@ -20,10 +20,10 @@ from cifar_jax.parallel import agreement, programs
 from cifar_jax.reporting import console
 from cifar_jax.reporting.console import Progress
 from cifar_jax.reporting.metrics_log import MetricsLog, TensorBoardLog, read_metrics
-from cifar_jax.run import Run
-from cifar_jax.runs import Arrays, Chunk, OneRun, Print, Runs
 from cifar_jax.runtime.errors import UserError
 from cifar_jax.runtime.timing import seconds_since_start
+from cifar_jax.training.runs import Arrays, Chunk, OneRun, Print, Runs
+from cifar_jax.training.setup import Run
 
 
 class Interrupted(Exception):

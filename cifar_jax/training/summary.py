@@ -7,24 +7,25 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from cifar_jax import augment, from_recipe, inference, input_pipeline, steps
+from cifar_jax import augment, input_pipeline, steps
 from cifar_jax.models import fold
 from cifar_jax.models.layer_table import format_table, summarise
 from cifar_jax.parallel import agreement, hardware
 from cifar_jax.recipes import Recipe
 from cifar_jax.reporting import console, metrics_log, plots
 from cifar_jax.reporting.plots import attempt
-from cifar_jax.run import Run
-from cifar_jax.runs import Print
 from cifar_jax.runtime.environment import environment
 from cifar_jax.runtime.timing import peak_memory
-from cifar_jax.workdir import show_seeds, write_json
+from cifar_jax.training import evaluation, setup
+from cifar_jax.training.runs import Print
+from cifar_jax.training.setup import Run
+from cifar_jax.training.workdir import show_seeds, write_json
 
 
 def test(run: Run, state: steps.TrainState, split: str) -> tuple[dict, np.ndarray]:
-    """Evaluates every image of a split once; see `inference.evaluate_split`."""
+    """Evaluates every image of a split once; see `evaluation.evaluate_split`."""
     with run.clock("test"):
-        return inference.evaluate_split(
+        return evaluation.evaluate_split(
             run.evaluate,
             run.predict,
             steps.inference_variables(state),
@@ -86,7 +87,7 @@ def opening_lines(run: Run, workdir: Path) -> list[str]:
         f"Workdir    {workdir}",
         "",
         format_table(
-            summarise(run.model, from_recipe.input_shape(recipe, run.config.dataset["image_shape"]))
+            summarise(run.model, setup.input_shape(recipe, run.config.dataset["image_shape"]))
         ),
         "",
     ]
@@ -169,7 +170,7 @@ def first_batch(run: Run, key: jax.Array) -> tuple[np.ndarray, np.ndarray]:
     recipe, train = run.config.recipe, run.dataset.splits["train"]
     order = input_pipeline.epoch_order(run.keys["order"], 1, run.training, recipe.batch_size)[0]
     shown = order[order >= 0][: plots.GRID_IMAGES]
-    preprocess = jax.jit(from_recipe.preprocess_of(recipe))
+    preprocess = jax.jit(setup.preprocess_of(recipe))
     images = preprocess(train.images[shown], steps.step_keys(key, 0)[1])
     return np.asarray(images, np.float32), train.labels[shown]
 

@@ -11,12 +11,13 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from cifar_jax import checks, from_recipe, input_pipeline, replicas, steps
+from cifar_jax import input_pipeline, replicas, steps
 from cifar_jax.input_pipeline import record_source
 from cifar_jax.parallel import agreement, placement, programs
 from cifar_jax.parallel.placement import Examples, Placement
 from cifar_jax.reporting import console
-from cifar_jax.run import Run
+from cifar_jax.training import checks, setup
+from cifar_jax.training.setup import Run
 
 Print = Callable[[str], None]
 
@@ -179,10 +180,10 @@ class OneRun(Runs):
         return jax.tree.map(lambda x: np.array(x)[None], tree)
 
     def abstract_payload(self) -> dict:
-        return from_recipe.abstract_payload(self.run.shapes, self.run.steps_per_epoch)
+        return setup.abstract_payload(self.run.shapes, self.run.steps_per_epoch)
 
     def payload(self, arrays: Arrays) -> dict:
-        return from_recipe.payload(arrays.state, arrays.step_metrics)
+        return setup.payload(arrays.state, arrays.step_metrics)
 
     def train(self, arrays: Arrays, alive: np.ndarray, chunk: Chunk) -> Arrays:
         changing = (arrays.state, arrays.step_metrics)
@@ -248,13 +249,13 @@ class Group(Runs):
         return jax.tree.map(lambda x: np.array(x)[: len(self.members)], tree)
 
     def abstract_payload(self) -> dict:
-        one = from_recipe.abstract_payload(self.run.shapes, self.run.steps_per_epoch)
+        one = setup.abstract_payload(self.run.shapes, self.run.steps_per_epoch)
         one["best"] = self.run.shapes if self.validates else {}
         shape = (len(self.members),)
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(shape + x.shape, x.dtype), one)
 
     def payload(self, arrays: Arrays) -> dict:
-        whole = from_recipe.payload(arrays.state, arrays.step_metrics) | {"best": arrays.best}
+        whole = setup.payload(arrays.state, arrays.step_metrics) | {"best": arrays.best}
         count = len(self.members)
         return jax.tree.map(lambda x: x if x.shape[0] == count else x[:count], whole)
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cifar_jax import from_recipe, input_pipeline, optimizers, steps
+from cifar_jax import input_pipeline, optimizers, steps
 from cifar_jax.checkpoints import manifests, restoring
 from cifar_jax.datasets import Dataset, Split
 from cifar_jax.models import fold, model_of
@@ -22,7 +22,8 @@ from cifar_jax.parallel import programs as parallel_programs
 from cifar_jax.parallel.placement import Examples
 from cifar_jax.reporting import console
 from cifar_jax.runtime.errors import UserError
-from cifar_jax.workdir import Config, read_config
+from cifar_jax.training import setup
+from cifar_jax.training.workdir import Config, read_config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +84,7 @@ def load(path: str | Path, which: str | int | None = None, *, lowering: str = "a
         config=config,
         model=model,
         variables=steps.inference_variables(state),
-        preprocess=from_recipe.preprocess_of(recipe),
+        preprocess=setup.preprocess_of(recipe),
         step=found.step,
         directory=run,
         notices=found.skipped,
@@ -93,9 +94,9 @@ def load(path: str | Path, which: str | int | None = None, *, lowering: str = "a
 def abstract_payload(config: Config, model: nn.Module) -> dict:
     """Returns what a run's checkpoints hold as shapes: {"state": TrainState, "record"}."""
     steps_per_epoch, image_shape = config.steps_per_epoch, config.dataset["image_shape"]
-    create = from_recipe.state_maker(config.recipe, model, steps_per_epoch, image_shape)
+    create = setup.state_maker(config.recipe, model, steps_per_epoch, image_shape)
     shapes = jax.eval_shape(lambda: create(jax.random.key(0)))
-    return from_recipe.abstract_payload(shapes, steps_per_epoch)
+    return setup.abstract_payload(shapes, steps_per_epoch)
 
 
 def unfolded(trained: Trained) -> dict[str, Any]:
@@ -118,7 +119,7 @@ def unfolded(trained: Trained) -> dict[str, Any]:
         shrunk = fold.spread(optimizer, trained.step, recipe.ema_decay)
     if config.init_from is None:
         key = input_pipeline.run_keys(config.seed)["state"]
-        shape = from_recipe.input_shape(recipe, config.dataset["image_shape"])
+        shape = setup.input_shape(recipe, config.dataset["image_shape"])
         params = unfold_initial(params, trained.model, key, shape, shrunk)
     else:
         params = fold.unfold(params, jnp.asarray(_given_kernel(trained)), shrunk)
@@ -133,7 +134,7 @@ def _given_kernel(trained: Trained) -> np.ndarray:
     given = config.init_from
     what = f"{fold.LAYER} is folded, and to unfold it takes the weights the run started from"
     try:
-        shape = from_recipe.input_shape(config.recipe, config.dataset["image_shape"])
+        shape = setup.input_shape(config.recipe, config.dataset["image_shape"])
         found = initial.load(given["source"], model, shape)
     except UserError as error:
         raise UserError(f"{what}: {error}") from None
@@ -201,7 +202,7 @@ def programs(
     `hardware.choose_devices`, for batches of that size."""
     weights = steps.parameter_count(trained.variables["params"])
     mesh = hardware.data_mesh(hardware.choose_devices(devices, batch_size, weights))
-    evaluate, predict = from_recipe.inference_steps(trained.config.recipe, trained.model)
+    evaluate, predict = setup.inference_steps(trained.config.recipe, trained.model)
     return parallel_programs.compile_evaluation(
         evaluate, mesh
     ), parallel_programs.compile_prediction(predict, mesh)
