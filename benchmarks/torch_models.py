@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from cifar_jax.torch_weights import to_torch
+from cifar_jax.weights.state_dict import to_torch
 
 
 class TutorialCNN(nn.Module):

@@ -30,14 +30,15 @@ def make_parser() -> cli.Parser:
 def main(arguments: Sequence[str] | None = None, say=print) -> dict:
     """Parses, converts, prints. Returns {"entries", "sha256", "step"}. Raises `UserError`."""
     options = make_parser().parse(arguments)
-    from cifar_jax import initial, weight_files
     from cifar_jax.reporting.console import counted
+    from cifar_jax.weights import files as weight_files
+    from cifar_jax.weights import init_from
 
     weight_files.check_ending(options.out)
     weight_files.check_target(options.out, options.overwrite)
     which = cli.checkpoint_name(options.checkpoint)
     if Path(options.source).is_dir():
-        trained, weights = initial.of_run(options.source, which)
+        trained, weights = init_from.of_run(options.source, which)
         recipe, step = trained.config.recipe, trained.step
         origin = f"{recipe.model} after step {step}, from {trained.directory}"
         metadata = {
@@ -48,7 +49,7 @@ def main(arguments: Sequence[str] | None = None, say=print) -> dict:
             "step": str(step),
         }
     else:
-        weights = initial.read(options.source, which)
+        weights = init_from.read(options.source, which)
         origin, metadata, step = options.source, weights.metadata, None
     for line in weights.notices:
         say(f"notice: {line}")

@@ -171,7 +171,7 @@ def main(arguments: Sequence[str] | None = None, say=print) -> dict:
     """Parses, exports, prints. Returns what OUT.json holds. Raises `UserError`."""
     options = make_parser().parse(arguments)
     from cifar_jax.training import evaluation
-    from cifar_jax.weight_files import check_target, replacing
+    from cifar_jax.weights.files import check_target, replacing
 
     kind = format_of(options.out, options.format)
     out, beside = Path(options.out), Path(f"{options.out}.json")

@@ -135,7 +135,7 @@ def _source(options, recipe) -> str | Path | None:
         return options.init_from
     if options.init_from is not None:
         raise UserError("--pretrained and --init-from both name weights to start from; give one")
-    from cifar_jax import pretrained
+    from cifar_jax.weights import pretrained
 
     return pretrained.find(recipe.model, options.pretrained, may_download=not options.no_download)
 
@@ -179,13 +179,14 @@ def _as_one(options, recipe_name, recipe, words: Sequence[str], say, apart) -> d
 
 
 def _main(options, recipe_name, recipe, words: Sequence[str], say, apart=None) -> dict:
-    from cifar_jax import initial, many, many_finish, replicas, shared_workdir
+    from cifar_jax import many, many_finish, replicas, shared_workdir
     from cifar_jax.parallel import agreement
     from cifar_jax.runtime.timing import Clock
     from cifar_jax.training import loop
     from cifar_jax.training import summary as run_summary
     from cifar_jax.training.setup import Options, input_shape, make_run
     from cifar_jax.training.workdir import Config, describe_data, open_workdir
+    from cifar_jax.weights import init_from
 
     clock = Clock()
     asked = recipe
@@ -210,7 +211,9 @@ def _main(options, recipe_name, recipe, words: Sequence[str], say, apart=None) -
     # All that may refuse comes before there is a directory.
     source, notices = _source(options, recipe), []
     if source is not None:
-        start = initial.load(source, run.model, input_shape(recipe, config.dataset["image_shape"]))
+        start = init_from.load(
+            source, run.model, input_shape(recipe, config.dataset["image_shape"])
+        )
         run.start_from(start.variables, start.record)
         notices = [*start.notices, ""]
     name = default_name(dataclasses.replace(run.config, recipe=asked), options.image_size)

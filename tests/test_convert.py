@@ -17,10 +17,11 @@ from tiny_data import (
     words,
 )
 
-from cifar_jax import convert, train, weight_files
+from cifar_jax import convert, train
 from cifar_jax.runtime.errors import UserError
-from cifar_jax.torch_weights import to_torch
 from cifar_jax.training import evaluation
+from cifar_jax.weights import files as weight_files
+from cifar_jax.weights.state_dict import to_torch
 
 torch = pytest.importorskip("torch", reason="needs PyTorch")
 

@@ -9,7 +9,7 @@ import optax
 import pytest
 from quick import jit
 
-from cifar_jax import initial, input_pipeline, steps, weight_files
+from cifar_jax import input_pipeline, steps
 from cifar_jax.models import fold
 from cifar_jax.models.fold import mean_of_normal_blocks, normal_blocks
 from cifar_jax.models.vgg import VGG
@@ -17,9 +17,11 @@ from cifar_jax.ops import averaging
 from cifar_jax.optimizers import make_optimizer
 from cifar_jax.recipes import Recipe
 from cifar_jax.runtime.errors import UserError
-from cifar_jax.torch_weights import to_torch
 from cifar_jax.training import evaluation
 from cifar_jax.training.workdir import Config
+from cifar_jax.weights import files as weight_files
+from cifar_jax.weights import init_from
+from cifar_jax.weights.state_dict import to_torch
 
 STEPS, BATCH, CHANNELS, HIDDEN = 20, 4, 6, 8
 IMAGE = (4, 4, 3)  # two pools leave one pixel
@@ -220,7 +222,7 @@ def test_weights_from_a_file_are_folded_and_unfold_again(tmp_path):
     path = tmp_path / "weights.safetensors"
     weight_files.write(path, to_torch(params), {})
     data = {"sizes": {"train": 4}, "class_names": ["a"] * 10, "image_shape": list(IMAGE)}
-    found = initial.load(path, model(True), IMAGE)
+    found = init_from.load(path, model(True), IMAGE)
     assert set(found.variables["params"]["classifier_0"]) == {"mean_kernel", "bias"}
     moved = jax.tree.map(lambda x: jnp.asarray(x) + 0.25, found.variables["params"])
     config = Config("vgg16_finetune", ADAM, 3, data, init_from=found.record)

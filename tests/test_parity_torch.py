@@ -30,7 +30,7 @@ from cifar_jax.steps import (  # noqa: E402
     predict_step,
     train_step,
 )
-from cifar_jax.torch_weights import from_torch, to_torch  # noqa: E402
+from cifar_jax.weights.state_dict import from_torch, to_torch  # noqa: E402
 
 NAMES = ("tutorial_cnn", "deep_cnn", "dropout_cnn")
 FORMS = tuple(name for name in LOWERINGS if name != "auto")

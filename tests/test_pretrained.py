@@ -17,10 +17,12 @@ import numpy as np
 import pytest
 from tiny_data import tiny, words
 
-from cifar_jax import initial, make_model, pretrained, train, weight_files
+from cifar_jax import make_model, train
 from cifar_jax.runtime.errors import UserError
-from cifar_jax.torch_weights import torch_shapes
 from cifar_jax.training import evaluation
+from cifar_jax.weights import files as weight_files
+from cifar_jax.weights import init_from, pretrained
+from cifar_jax.weights.state_dict import torch_shapes
 
 __all__ = ["tiny"]
 
@@ -182,7 +184,7 @@ def test_the_full_size_vgg16(tmp_path, monkeypatch):
     (folder / "vgg16.pth").rename(folder / name)
     monkeypatch.setattr(pretrained, "PUBLISHED", {"vgg16": {"imagenet": f"http://none/{name}"}})
     path = find(model="vgg16")
-    start = initial.load(path, make_model("vgg16", fold=True), (32, 32, 3))
+    start = init_from.load(path, make_model("vgg16", fold=True), (32, 32, 3))
     assert start.record["redrawn"] == ["classifier_6"]
     assert "classifier_6" not in start.variables["params"]
     layer = start.variables["params"]["classifier_0"]

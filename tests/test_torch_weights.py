@@ -14,7 +14,7 @@ from cifar_jax.optimizers import make_optimizer
 from cifar_jax.parallel.programs import compile_for_one_call
 from cifar_jax.recipes import RECIPES
 from cifar_jax.runtime.errors import UserError
-from cifar_jax.torch_weights import (
+from cifar_jax.weights.state_dict import (
     last_layer,
     to_torch,
     torch_shapes,

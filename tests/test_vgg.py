@@ -24,7 +24,7 @@ from cifar_jax.models.vgg import VGG, VGG16, adaptive_average_pool  # noqa: E402
 from cifar_jax.optimizers import make_optimizer  # noqa: E402
 from cifar_jax.parallel.programs import compiler_options  # noqa: E402
 from cifar_jax.recipes import Recipe  # noqa: E402
-from cifar_jax.torch_weights import from_torch, to_torch  # noqa: E402
+from cifar_jax.weights.state_dict import from_torch, to_torch  # noqa: E402
 
 SMALL = tuple(layer if layer == "M" else max(layer // 64, 3) for layer in VGG16)
 HIDDEN = 24

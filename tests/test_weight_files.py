@@ -7,8 +7,8 @@ import pickle
 import numpy as np
 import pytest
 
-from cifar_jax import weight_files
 from cifar_jax.runtime.errors import UserError
+from cifar_jax.weights import files as weight_files
 
 torch = pytest.importorskip("torch", reason="needs PyTorch")
 

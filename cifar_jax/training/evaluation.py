@@ -128,14 +128,14 @@ def unfolded(trained: Trained) -> dict[str, Any]:
 
 def _given_kernel(trained: Trained) -> np.ndarray:
     """The unfolded kernel in the weights that a run started from."""
-    from cifar_jax import initial
+    from cifar_jax.weights import init_from
 
     config, model = trained.config, trained.model.clone(fold=False)
     given = config.init_from
     what = f"{fold.LAYER} is folded, and to unfold it takes the weights the run started from"
     try:
         shape = setup.input_shape(config.recipe, config.dataset["image_shape"])
-        found = initial.load(given["source"], model, shape)
+        found = init_from.load(given["source"], model, shape)
     except UserError as error:
         raise UserError(f"{what}: {error}") from None
     if found.record["sha256"] != given["sha256"]:

@@ -88,7 +88,7 @@ class Run:
         )
 
     def start_from(self, variables: dict, record: dict) -> None:
-        """Starts from these variables in place of drawn ones (`initial.Initial`)."""
+        """Starts from these variables in place of drawn ones (`init_from.Initial`)."""
         self.config = dataclasses.replace(self.config, init_from=record)
         self.initial = variables
 

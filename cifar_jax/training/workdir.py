@@ -46,7 +46,7 @@ class Config:
         by split) of the data, and `test_fraction` where its test split was held out of `train`.
       seeds: of a directory of several runs, all their seeds (`seed` is the first); else empty.
       axes: of a sweep, which settings it varies and how; else None.
-      init_from: of the weights it starts from where they are not drawn (`initial.Initial`):
+      init_from: of the weights it starts from where they are not drawn (`init_from.Initial`):
         `source`, `sha256`, `redrawn`; else None. Their content counts, not where they lay.
     """
 
@@ -134,7 +134,7 @@ def _check_data(data: dict) -> None:
 
 
 def _check_init(init: dict | None) -> None:
-    """Raises ValueError where `init` is not what `initial.load` records."""
+    """Raises ValueError where `init` is not what `init_from.load` records."""
     if init is not None and not all(isinstance(init[n], str) for n in ("source", "sha256")):
         raise ValueError("init_from")
 

@@ -1,6 +1,6 @@
 """Files of weights: `.safetensors` without PyTorch, `.pth` and `.pt` through it (an extra).
 
-A file holds a PyTorch state dict (`torch_weights.py`). One that is read may have any name: its
+A file holds a PyTorch state dict (`weights/state_dict.py`). One that is read may have any name: its
 content says what it is. What is read comes out as float32, and nothing in a file is ever run: a
 pickle that asks for anything but tensors is refused.
 """
@@ -23,7 +23,7 @@ import numpy as np
 
 from cifar_jax.runtime import files
 from cifar_jax.runtime.errors import UserError
-from cifar_jax.torch_weights import unwrap
+from cifar_jax.weights.state_dict import unwrap
 
 TORCH_ENDINGS = (".pth", ".pt")
 ENDINGS = (".safetensors", *TORCH_ENDINGS)

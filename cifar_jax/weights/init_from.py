@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cifar_jax import weight_files
 from cifar_jax.models import fold
 from cifar_jax.runtime.errors import UserError
-from cifar_jax.torch_weights import (
+from cifar_jax.weights import files as weight_files
+from cifar_jax.weights.state_dict import (
     last_layer,
     misfits,
     to_torch,
@@ -31,7 +31,7 @@ class Initial:
 
     Attributes:
       variables: {"params", "batch_stats"}, float32; a layer that is not in it is drawn anew.
-      record: for config.json: `source`, `sha256` of what was read (`weight_files.content_hash`)
+      record: for config.json: `source`, `sha256` of what was read (`files.content_hash`)
         and `redrawn`, the layers drawn anew.
       notices: lines to print before the run.
     """
@@ -59,7 +59,7 @@ def read(source: str | os.PathLike, which: str | int | None = None) -> weight_fi
 
 
 def of_run(source: str | os.PathLike, which: str | int | None = None):
-    """Returns (`evaluation.Trained`, its weights as `weight_files.Weights`) of a run."""
+    """Returns (`evaluation.Trained`, its weights as `files.Weights`) of a run."""
     from cifar_jax.training import evaluation
 
     trained = evaluation.load(source, which)

@@ -13,7 +13,7 @@ from pathlib import Path
 from cifar_jax.runtime.download import Unreachable, download, matches
 from cifar_jax.runtime.errors import UserError
 from cifar_jax.runtime.files import absolute, user_cache
-from cifar_jax.weight_files import ENDINGS
+from cifar_jax.weights.files import ENDINGS
 
 # model -> name of the weights -> address.
 PUBLISHED: dict[str, dict[str, str]] = {
