@@ -290,7 +290,7 @@ def test_in_a_thread_and_without_its_picture(group, tiny, tmp_path, monkeypatch)
     def fail(*_, **__):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(many_finish.spreads, "histogram", fail)
+    monkeypatch.setattr("cifar_jax.spread.histogram", fail)
     arguments = (tiny, tmp_path / "group", *words("--seeds 3:5,9 --devices 2"))
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         summary, said = pool.submit(start, *arguments).result()
