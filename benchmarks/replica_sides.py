@@ -47,7 +47,7 @@ class OurReplicas(ReplicaSide):
     """The programs of `cifar_jax.train --seeds` on all local devices.
 
     Args:
-      form: `map` or `vmap` (`cifar_jax.replicas`).
+      form: `map` or `vmap` (`cifar_jax.replicas.programs`).
       replicas: how many.
     """
 
@@ -58,38 +58,38 @@ class OurReplicas(ReplicaSide):
         """Builds the case; its weights are drawn from the seed that `sides.Ours` draws from."""
         import jax
 
-        from cifar_jax import replicas
         from cifar_jax.parallel import placement, programs
+        from cifar_jax.replicas import programs as replica_programs
         from cifar_jax.runtime.timing import Clock, compile_seconds
         from cifar_jax.training.runs import Group
         from cifar_jax.training.setup import Options, make_run
         from cifar_jax.training.workdir import Config, describe_data
 
         recipe, described = case.settings(precision), describe_data(dataset)
-        options = Options(lowering=replicas.choose_lowering(self.form, "auto"))
+        options = Options(lowering=replica_programs.choose_lowering(self.form, "auto"))
         configs = [Config(case.recipe, recipe, seed, described) for seed in range(self.replicas)]
         run = make_run(configs[0], dataset, options, Clock())
         compiled = compile_seconds()
-        mesh = replicas.replica_mesh("all", self.replicas)
+        mesh = replica_programs.replica_mesh("all", self.replicas)
         start, split = time.perf_counter(), dataset.splits["train"]
         self.data = jax.block_until_ready(placement.put(split.images, split.labels, mesh))
         data_seconds = time.perf_counter() - start
         self.orders = replica_orders(len(split), case.batch_size, self.replicas)
-        self.order = replicas.split_evenly(self.orders, mesh)
+        self.order = replica_programs.split_evenly(self.orders, mesh)
         states = [run.with_config(config).create() for config in configs]
 
         def fresh():
             metrics = programs.empty_metrics(self.replicas, self.orders.shape[1])
-            tree = (replicas.stack(states), metrics, np.ones(self.replicas, bool))
-            return replicas.split_evenly(tree, mesh)
+            tree = (replica_programs.stack(states), metrics, np.ones(self.replicas, bool))
+            return replica_programs.split_evenly(tree, mesh)
 
         count = min(compared_steps(recipe), self.orders.shape[1])
         self.changing = fresh()
-        self.train = replicas.compile_training(plain_step(run), self.form, mesh)
+        self.train = replica_programs.compile_training(plain_step(run), self.form, mesh)
         self.steps(0, count)
         metrics = {name: np.asarray(values[0][:count]) for name, values in self.changing[1].items()}
         self.changing = fresh()
-        self.train = replicas.make_programs(run, self.form, mesh).train
+        self.train = replica_programs.make_programs(run, self.form, mesh).train
         self.settle(programs.Chunks(self.orders.shape[1], seconds=Group.chunk_seconds))
         self.warm_up(seconds)
         return {

@@ -222,7 +222,7 @@ def check_replica_options(options: argparse.Namespace) -> None:
             if getattr(options, name) != default:
                 raise UserError(f"--{name.replace('_', '-')} is about many runs: give --seeds too")
         return
-    from cifar_jax.replicas import check_form
+    from cifar_jax.replicas.programs import check_form
 
     check_form(options.replica_form)
     if hasattr(options, "seed"):

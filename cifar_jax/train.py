@@ -179,8 +179,9 @@ def _as_one(options, recipe_name, recipe, words: Sequence[str], say, apart) -> d
 
 
 def _main(options, recipe_name, recipe, words: Sequence[str], say, apart=None) -> dict:
-    from cifar_jax import many, many_finish, replicas, shared_workdir
     from cifar_jax.parallel import agreement
+    from cifar_jax.replicas import programs as replica_programs
+    from cifar_jax.replicas import results, scheduler, shared_workdir
     from cifar_jax.runtime.timing import Clock
     from cifar_jax.training import loop
     from cifar_jax.training import summary as run_summary
@@ -204,8 +205,8 @@ def _main(options, recipe_name, recipe, words: Sequence[str], say, apart=None) -
         tensorboard=options.tensorboard,
     )
     if seeds:
-        form = replicas.choose_form(options.replica_form)
-        lowering = replicas.choose_lowering(form, options.conv)
+        form = replica_programs.choose_form(options.replica_form)
+        lowering = replica_programs.choose_lowering(form, options.conv)
         run_options = dataclasses.replace(run_options, lowering=lowering, devices="1")
     run = make_run(config, dataset, run_options, clock)
     # All that may refuse comes before there is a directory.
@@ -222,11 +223,11 @@ def _main(options, recipe_name, recipe, words: Sequence[str], say, apart=None) -
     opening = [*run_summary.opening_lines(run, workdir), *notices]
     if seeds:
         settings |= {"replica form": form, "group size": options.group_size}
-        plan = many.make_plan(
+        plan = scheduler.make_plan(
             run, len(seeds), form, options.devices, options.group_size, process=apart
         )
-        opening = [*many.opening_lines(run, plan), *opening] if apart.leads else []
-        shown = many_finish.results_text
+        opening = [*scheduler.opening_lines(run, plan), *opening] if apart.leads else []
+        shown = results.results_text
         opened = functools.partial(shared_workdir.open_shared, process=apart, settings=settings)
     else:
         agreement.check_same(settings)
@@ -241,7 +242,7 @@ def _main(options, recipe_name, recipe, words: Sequence[str], say, apart=None) -
         with interruptible("cifar_jax.train", _again(words, workdir), say) as stop:
             if seeds:
                 stop = shared_workdir.relayed(stop, workdir, apart)
-                return many.train_and_test(run, plan, workdir, stop, say)
+                return scheduler.train_and_test(run, plan, workdir, stop, say)
             state, trained = loop.train(run, workdir, agreement.any_of(stop), say, resume)
         return run_summary.finish(run, workdir, state, trained, say)
 

@@ -17,9 +17,9 @@ from pathlib import Path
 
 from cifar_jax import cli, train
 from cifar_jax.recipes import RECIPES
+from cifar_jax.replicas.statistics import spread
 from cifar_jax.reporting.metrics_log import to_json, write_summary
 from cifar_jax.runtime.errors import UserError, lookup, run_command
-from cifar_jax.spread import spread
 from experiments.reproduce import RESULTS, common_words, number, shown
 
 COMPARED = ("lax", "gemm", "winograd")

@@ -20,10 +20,10 @@ from pathlib import Path
 
 from cifar_jax import cli, train
 from cifar_jax.recipes import PUBLISHED, RECIPES
+from cifar_jax.replicas.statistics import spread
 from cifar_jax.reporting.metrics_log import to_json, write_summary
 from cifar_jax.reporting.plots import attempt
 from cifar_jax.runtime.errors import lookup, run_command
-from cifar_jax.spread import spread
 
 RESULTS = Path(__file__).resolve().parent / "results"
 

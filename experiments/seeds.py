@@ -18,10 +18,10 @@ from pathlib import Path
 
 from cifar_jax import cli, train
 from cifar_jax.recipes import PUBLISHED
+from cifar_jax.replicas.statistics import spread
 from cifar_jax.reporting.metrics_log import to_json, write_summary
 from cifar_jax.reporting.plots import attempt
 from cifar_jax.runtime.errors import lookup, run_command
-from cifar_jax.spread import spread
 from experiments.reproduce import RESULTS, common_words, former
 
 COUNTS = {"tutorial": 64, "adam": 64, "dropout": 32, "deep": 16}

@@ -113,8 +113,8 @@ def _main(
     options, name: str, recipe: Recipe, varied, points, words: Sequence[str], say, process
 ) -> dict:
     """`main` in each of the processes, of which the leader alone prints and reports."""
-    from cifar_jax import shared_workdir
     from cifar_jax.parallel import agreement
+    from cifar_jax.replicas import shared_workdir
     from cifar_jax.train import interruptible
     from cifar_jax.training.workdir import Config, describe_data
 
@@ -155,20 +155,22 @@ class Sweep:
     def __init__(
         self, config, dataset, varied: Sequence[Axis], points: Sequence[dict], options, process
     ):
-        from cifar_jax import replicas
+        from cifar_jax.replicas import programs as replica_programs
         from cifar_jax.training.setup import Options
 
         self.config, self.dataset, self.points, self.options = config, dataset, points, options
         self.process = process
         self.programs = axes_of.programs_of(points, varied)
-        self.form = replicas.choose_form(options.replica_form)
-        lowering = replicas.choose_lowering(self.form, options.conv)
+        self.form = replica_programs.choose_form(options.replica_form)
+        lowering = replica_programs.choose_lowering(self.form, options.conv)
         self.run_options = Options(lowering=lowering, save_minutes=options.save_minutes)
         self.count = len(points) * len(config.seeds)
 
     def train(self, workdir: Path, stop, say) -> tuple[list[dict], dict]:
         """Trains what is missing; returns a row for each run, and {phase: seconds}."""
-        from cifar_jax import many, many_finish, replicas
+        from cifar_jax.replicas import programs as replica_programs
+        from cifar_jax.replicas import results as replica_results
+        from cifar_jax.replicas import scheduler
         from cifar_jax.reporting.console import counted
         from cifar_jax.runtime.timing import Clock
         from cifar_jax.training import setup
@@ -186,7 +188,7 @@ class Sweep:
             config = dataclasses.replace(self.config, recipe=base, axes=None)
             run = make_run(config, self.dataset, self.run_options, Clock())
             members = [run.with_config(self._config_of(point, seed)) for point, seed in runs]
-            plan = many.make_plan(
+            plan = scheduler.make_plan(
                 run,
                 len(runs),
                 self.form,
@@ -199,9 +201,9 @@ class Sweep:
                 say(f"Program {number + 1} of {len(self.programs)}: {sweep_report.shown(static)}")
             say(
                 f"{counted(len(runs), 'run')} together, {plan.size} at a time, "
-                f"form {plan.programs.form}, {replicas.describe_mesh(plan.programs.mesh)}"
+                f"form {plan.programs.form}, {replica_programs.describe_mesh(plan.programs.mesh)}"
             )
-            groups = many.Groups(
+            groups = scheduler.Groups(
                 members,
                 plan,
                 workdir / "groups" / f"program-{number}",
@@ -217,7 +219,7 @@ class Sweep:
                     ((i, seed) for i in places for seed in self.config.seeds), results, strict=True
                 )
             ]
-            for phase, value in many_finish.all_seconds(run, done).items():
+            for phase, value in replica_results.all_seconds(run, done).items():
                 seconds[phase] = seconds.get(phase, 0.0) + value
         return sorted(rows, key=lambda row: row["point"]), seconds
 

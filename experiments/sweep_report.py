@@ -20,7 +20,7 @@ def shown(point: Mapping) -> str:
 
 def rows_of(trained) -> list[dict]:
     """Tests a trained group; returns what is found of each run, None where it diverged."""
-    from cifar_jax.members import test_group
+    from cifar_jax.replicas.results import test_group
     from cifar_jax.reporting import console
 
     sums, _, lost = test_group(trained)
@@ -45,7 +45,7 @@ def rows_of(trained) -> list[dict]:
 def by_point(points: Sequence[Mapping], rows: Sequence[Mapping]) -> list[dict]:
     """Returns, of every point, its values, how many of its runs diverged, and the spread of what
     the others found (None where all diverged)."""
-    from cifar_jax.spread import spread
+    from cifar_jax.replicas.statistics import spread
 
     found = []
     for place, point in enumerate(points):

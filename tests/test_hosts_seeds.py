@@ -11,9 +11,10 @@ from hosts_support import Processes, until_saved
 from test_many import assert_same
 from tiny_data import summary_of, tiny, words
 
-from cifar_jax import shared_workdir, train
+from cifar_jax import train
 from cifar_jax.parallel.distributed import Process
 from cifar_jax.recipes import RECIPES
+from cifar_jax.replicas import shared_workdir
 from cifar_jax.runtime.errors import UserError
 from cifar_jax.training import workdir
 from cifar_jax.training.workdir import Config, locked

@@ -13,9 +13,10 @@ import pytest
 from PIL import Image
 from tiny_data import SIZES, rows_of, small, states_of, summary_of, tiny, words
 
-from cifar_jax import convert, evaluate, group_size, many_finish, predict, recipes, train
+from cifar_jax import convert, evaluate, predict, recipes, train
 from cifar_jax.parallel import programs
 from cifar_jax.recipes import RECIPES
+from cifar_jax.replicas import results, scheduler
 from cifar_jax.runtime.errors import UserError, run_command
 from cifar_jax.training.setup import Run
 
@@ -157,7 +158,7 @@ class Killed(Exception):
 
 def test_killed_or_stopped_it_goes_on_to_the_same_bits(group, tiny, tmp_path, monkeypatch):
     """In the middle of an epoch; and in groups: here as many runs as a small memory holds."""
-    monkeypatch.setattr(group_size, "available_bytes", lambda: 0)
+    monkeypatch.setattr(scheduler, "available_bytes", lambda: 0)
     workdir, said, looks = tmp_path / "again", [], []
     arguments = [*RUN, "--data-dir", str(tiny), "--workdir", str(workdir)]
     arguments += words("--seeds 3:5,9 --devices 2 --save-minutes 1e-9")
@@ -179,7 +180,7 @@ def test_killed_or_stopped_it_goes_on_to_the_same_bits(group, tiny, tmp_path, mo
             train.main(arguments, say=said.append)
     assert any("2 of up to 2 runs, one after another" in line for line in said)
     # Its size was decided when it began.
-    monkeypatch.setattr(group_size, "available_bytes", lambda: None)
+    monkeypatch.setattr(scheduler, "available_bytes", lambda: None)
     lengths = []
 
     def asked_to_stop(chunks, left):
@@ -290,7 +291,7 @@ def test_in_a_thread_and_without_its_picture(group, tiny, tmp_path, monkeypatch)
     def fail(*_, **__):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("cifar_jax.spread.histogram", fail)
+    monkeypatch.setattr("cifar_jax.replicas.statistics.histogram", fail)
     arguments = (tiny, tmp_path / "group", *words("--seeds 3:5,9 --devices 2"))
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         summary, said = pool.submit(start, *arguments).result()
@@ -305,4 +306,4 @@ def test_the_lines_of_a_single_run_have_no_spread(group):
     for name in ("std", "standard_error"):
         summary["test_loss"][name] = None
     summary["test_loss"]["interval_95"] = [None, None]
-    assert "std -  standard error -  95 % interval - to -" in many_finish.results_text(summary)
+    assert "std -  standard error -  95 % interval - to -" in results.results_text(summary)

@@ -12,11 +12,13 @@ import pytest
 from quick import jit
 from tiny_data import Small
 
-from cifar_jax import group_size, input_pipeline, replicas
+from cifar_jax import input_pipeline
 from cifar_jax.models.layers import Dense, Dropout, Flatten
 from cifar_jax.parallel import placement, programs
 from cifar_jax.parallel.placement import Examples
 from cifar_jax.recipes import RECIPES
+from cifar_jax.replicas import programs as replica_programs
+from cifar_jax.replicas import scheduler
 from cifar_jax.runtime.errors import UserError
 from cifar_jax.runtime.timing import Clock, compile_seconds
 from cifar_jax.steps import create_state, eval_step, train_step
@@ -81,15 +83,17 @@ def own(mesh, spoil=None):
         bad = jax.tree.map(lambda x: x * np.float32(1e25), states[spoil].params)
         states[spoil] = states[spoil].replace(params=bad)
     metrics = programs.empty_metrics(len(SEEDS), STEPS)
-    changing = (replicas.stack(states), metrics, np.ones(len(SEEDS), bool))
-    return replicas.split_evenly((changing, np.stack(orders)), mesh)
+    changing = (replica_programs.stack(states), metrics, np.ones(len(SEEDS), bool))
+    return replica_programs.split_evenly((changing, np.stack(orders)), mesh)
 
 
 @functools.cache
 def program(form):
     """`vmap` as on a GPU, where a length is a program; `map` as on a CPU, where it is not."""
-    mesh = replicas.replica_mesh("2", len(SEEDS))
-    return mesh, replicas.compile_training(step_of(), form, mesh, static_length=form == "vmap")
+    mesh = replica_programs.replica_mesh("2", len(SEEDS))
+    return mesh, replica_programs.compile_training(
+        step_of(), form, mesh, static_length=form == "vmap"
+    )
 
 
 @functools.cache
@@ -132,17 +136,17 @@ def test_devices_along_both_axes_of_the_mesh(form):
     orders = [
         input_pipeline.epoch_order(jax.random.key(9 + seed), 1, positions, batch) for seed in SEEDS
     ]
-    mesh = replicas.replica_mesh("6", len(SEEDS))
+    mesh = replica_programs.replica_mesh("6", len(SEEDS))
     assert dict(mesh.shape) == {"replica": 3, "data": 2}
-    assert replicas.describe_mesh(mesh) == "on 6 devices, 2 to share each batch"
+    assert replica_programs.describe_mesh(mesh) == "on 6 devices, 2 to share each batch"
     metrics = programs.empty_metrics(len(SEEDS), len(orders[0]))
-    changing = (replicas.stack(states), metrics, np.ones(3, bool))
-    changing, order = replicas.split_evenly((changing, np.stack(orders)), mesh)
-    run = replicas.compile_training(step, form, mesh, static_length=form == "vmap")
+    changing = (replica_programs.stack(states), metrics, np.ones(3, bool))
+    changing, order = replica_programs.split_evenly((changing, np.stack(orders)), mesh)
+    run = replica_programs.compile_training(step, form, mesh, static_length=form == "vmap")
     shared = placement.replicate(data(), mesh)
     state, record, alive = run(changing, shared, order, 0, 0, len(orders[0]))
     assert alive.all()
-    evaluate = replicas.compile_evaluation(functools.partial(eval_step, model=model), mesh)
+    evaluate = replica_programs.compile_evaluation(functools.partial(eval_step, model=model), mesh)
     sums = evaluate({"params": state.params}, shared, order)
     assert sums["count"].tolist() == [16] * 3, "padding counts nowhere"
     single = programs.compile_training(step)
@@ -158,10 +162,12 @@ def test_devices_along_both_axes_of_the_mesh(form):
 
 
 def test_what_shares_a_batch_where_devices_are_left(monkeypatch):
-    shapes = [replicas.replica_mesh("all", count).devices.shape for count in (1, 2, 3, 8, 100)]
+    shapes = [
+        replica_programs.replica_mesh("all", count).devices.shape for count in (1, 2, 3, 8, 100)
+    ]
     assert shapes == [(1, 8), (2, 4), (3, 2), (8, 1), (8, 1)]
     # By itself no more than one run of that size takes: batches of 4 stay on one device.
-    auto = functools.partial(replicas.replica_mesh, "auto", 2)
+    auto = functools.partial(replica_programs.replica_mesh, "auto", 2)
     assert [auto(size, 1000).devices.shape for size in (4, 20, 128)] == [(2, 1), (2, 2), (2, 4)]
 
 
@@ -182,9 +188,9 @@ def test_a_replica_that_diverges_stops_where_it_is_and_disturbs_no_other(form):
 
 
 def lowered(form, asked):
-    mesh = replicas.replica_mesh("1", len(SEEDS))
-    step = step_of(replicas.choose_lowering(form, asked))
-    run = replicas.compile_training(step, form, mesh)
+    mesh = replica_programs.replica_mesh("1", len(SEEDS))
+    step = step_of(replica_programs.choose_lowering(form, asked))
+    run = replica_programs.compile_training(step, form, mesh)
     changing, orders = own(mesh)
     args = (changing, {}, placement.replicate(data(), mesh), orders, np.int32(0), np.int32(0))
     return run.jitted.lower(*args, length=np.int32(1)).as_text()
@@ -198,31 +204,31 @@ def test_vmapped_convolutions_are_no_grouped_ones():
 
 
 def test_forms_and_devices_are_chosen_in_one_place(monkeypatch):
-    assert replicas.choose_form() == "map"
-    assert replicas.choose_form("vmap") == "vmap"
-    assert replicas.choose_lowering("map", "auto") == "auto"
-    assert replicas.choose_lowering("vmap", "winograd") == "winograd"
+    assert replica_programs.choose_form() == "map"
+    assert replica_programs.choose_form("vmap") == "vmap"
+    assert replica_programs.choose_lowering("map", "auto") == "auto"
+    assert replica_programs.choose_lowering("vmap", "winograd") == "winograd"
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert replicas.choose_form() == "vmap"
-    assert replicas.choose_form("map") == "map"
+    assert replica_programs.choose_form() == "vmap"
+    assert replica_programs.choose_form("map") == "map"
     monkeypatch.undo()
-    assert replicas.replica_mesh("auto", 3).size == 3
-    assert replicas.replica_mesh("all", 100).size == 8
+    assert replica_programs.replica_mesh("auto", 3).size == 3
+    assert replica_programs.replica_mesh("all", 100).size == 8
     with pytest.raises(UserError, match="did you mean 'vmap'"):
-        replicas.choose_form("vmapp")
+        replica_programs.choose_form("vmapp")
 
 
 def test_replicas_are_kept_and_picked_one_by_one():
     old = {"w": jnp.zeros((3, 2)), "key": jax.random.split(jax.random.key(0), 3)}
     new = {"w": jnp.ones((3, 2)), "key": jax.random.split(jax.random.key(1), 3)}
     keys = [np.asarray(jax.random.key_data(tree["key"])) for tree in (old, new)]
-    found = replicas.keep(np.array([False, True, False]), new, old)
+    found = replica_programs.keep(np.array([False, True, False]), new, old)
     assert found["w"][:, 0].tolist() == [0, 1, 0]
     wanted = np.stack([keys[0][0], keys[1][1], keys[0][2]])
     np.testing.assert_array_equal(jax.random.key_data(found["key"]), wanted)
-    assert replicas.pick(found, np.int32(1))["w"].tolist() == [1, 1]
+    assert replica_programs.pick(found, np.int32(1))["w"].tolist() == [1, 1]
     bad = {"a": jnp.array([[1.0], [jnp.inf], [0.0]]), "b": jnp.array([1.0, 1.0, jnp.nan])}
-    assert replicas.all_finite(bad).tolist() == [True, False, False]
+    assert replica_programs.all_finite(bad).tolist() == [True, False, False]
 
 
 def test_groups_are_as_large_as_memory_allows(monkeypatch):
@@ -233,13 +239,13 @@ def test_groups_are_as_large_as_memory_allows(monkeypatch):
         steps_per_epoch=10,
         dataset=SimpleNamespace(splits={"train": split}),
     )
-    monkeypatch.setattr(group_size, "activation_bytes", lambda run: 10_000_000)
+    monkeypatch.setattr(scheduler, "activation_bytes", lambda run: 10_000_000)
     images, one = 1000 * 3072, 4 * 1_000_000 + 4 * 1030
     # Under `map` a device holds one run's activations, under `vmap` every run its own.
     free = (2 * images + 2 * 10_000_000 + 5.5 * one) / 0.7
-    assert group_size.group_size(run, "map", 2, int(free)) == (4, one)
+    assert scheduler.group_size(run, "map", 2, int(free)) == (4, one)
     free = (2 * images + 7.5 * (one + 10_000_000)) / 0.7
-    assert group_size.group_size(run, "vmap", 2, int(free)) == (6, one + 10_000_000)
-    assert group_size.group_size(run, "map", 2, 0) == (2, one), "a run a device at least"
-    assert group_size.group_size(run, "map", 2, None)[0] > 10**6
-    assert group_size.available_bytes() > 10**6
+    assert scheduler.group_size(run, "vmap", 2, int(free)) == (6, one + 10_000_000)
+    assert scheduler.group_size(run, "map", 2, 0) == (2, one), "a run a device at least"
+    assert scheduler.group_size(run, "map", 2, None)[0] > 10**6
+    assert scheduler.available_bytes() > 10**6

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cifar_jax import spread
+from cifar_jax.replicas import statistics
 
 
 def test_spread_of_four_values():
-    found = spread.spread([1.0, 2.0, 3.0, 4.0])
+    found = statistics.spread([1.0, 2.0, 3.0, 4.0])
     assert (found["n"], found["mean"], found["min"], found["max"]) == (4, 2.5, 1.0, 4.0)
     assert found["std"] == pytest.approx(math.sqrt(5 / 3))
     assert found["standard_error"] == pytest.approx(math.sqrt(5 / 12))
@@ -21,15 +21,17 @@ def test_spread_of_four_values():
 
 
 def test_one_value_has_no_spread():
-    found = spread.spread([1.0])
+    found = statistics.spread([1.0])
     assert math.isnan(found["std"])
     assert all(math.isnan(bound) for bound in found["interval_95"])
     assert "mean" in found
-    assert "std -" in spread.line("x", found)
+    assert "std -" in statistics.line("x", found)
 
 
 def test_line_scales_and_names():
-    text = spread.line("Test accuracy", spread.spread([0.5, 0.6]), scale=100, digits=2, unit=" %")
+    text = statistics.line(
+        "Test accuracy", statistics.spread([0.5, 0.6]), scale=100, digits=2, unit=" %"
+    )
     assert text.startswith("Test accuracy 55.00 %  std 7.07  standard error 5.00  95 % interval")
     assert text.endswith("range 50.00 to 60.00  n 2")
 
@@ -45,7 +47,7 @@ def test_the_ensemble_is_the_mean_of_probabilities(tmp_path):
         run = {"seed": i, "test_accuracy": 0.5 * (1 - i), "test_loss": 1.0, "per_class": per_class}
         run |= {"best_epoch": None, "best_validation_loss": None}
         (folder / "summary.json").write_text(json.dumps(run))
-    found = spread.of_directories([tmp_path / "0", tmp_path / "1"], labels)
+    found = statistics.of_directories([tmp_path / "0", tmp_path / "1"], labels)
     assert (found["ensemble"]["test_correct"], found["ensemble"]["test_accuracy"]) == (1, 0.5)
     assert found["ensemble"]["test_loss"] == pytest.approx(
         -(math.log(0.55) + math.log(0.35)) / 2, rel=1e-6
@@ -58,8 +60,8 @@ def test_the_ensemble_is_the_mean_of_probabilities(tmp_path):
 def test_histogram_is_drawn(count, tmp_path):
     values = np.random.default_rng(0).normal(55, 1, count).tolist()
     path = tmp_path / "h.png"
-    spread.histogram(
-        values, spread.spread(values), path, heading="runs", value_name="%", published=[55, 54]
+    statistics.histogram(
+        values, statistics.spread(values), path, heading="runs", value_name="%", published=[55, 54]
     )
     with Image.open(path) as picture:
         assert picture.size == (900, 504)

@@ -8,7 +8,8 @@ with its message. Of a process that was killed JAX knows at the next collective,
 a kill of one process: the same commands go on from the last checkpoint, on any number of processes
 and devices.
 
-Of many runs (`--seeds`) each process trains its share by itself (`cifar_jax.shared_workdir`).
+Of many runs (`--seeds`) each process trains its share by itself
+(`cifar_jax.replicas.shared_workdir`).
 """
 
 from __future__ import annotations

@@ -11,10 +11,11 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from cifar_jax import input_pipeline, replicas, steps
+from cifar_jax import input_pipeline, steps
 from cifar_jax.input_pipeline import record_source
 from cifar_jax.parallel import agreement, placement, programs
 from cifar_jax.parallel.placement import Examples, Placement
+from cifar_jax.replicas import programs as replica_programs
 from cifar_jax.reporting import console
 from cifar_jax.training import checks, setup
 from cifar_jax.training.setup import Run
@@ -73,7 +74,7 @@ class Runs:
 
     def put(self, trees: Sequence) -> Any:
         """Returns a tree for each member on the devices."""
-        return self.place(trees[0] if self.alone else replicas.stack(trees))
+        return self.place(trees[0] if self.alone else replica_programs.stack(trees))
 
     def empty_metrics(self) -> dict[str, jax.Array]:
         shape = () if self.alone else (len(self.members),)
@@ -156,7 +157,7 @@ class Runs:
         the best so far."""
         best = arrays.best
         if improved.any() and not self.alone:
-            best = replicas.keep(self.place(improved), arrays.state, best)
+            best = replica_programs.keep(self.place(improved), arrays.state, best)
         return Arrays(arrays.state, self.empty_metrics(), best)
 
 
@@ -233,7 +234,7 @@ class Group(Runs):
     def __init__(
         self,
         members: Sequence[Run],
-        programs: replicas.Programs,
+        programs: replica_programs.Programs,
         say: Print,
         hparams: dict[str, np.ndarray] | None = None,
         names: Sequence[str] | None = None,
@@ -243,7 +244,7 @@ class Group(Runs):
         self.hparams = self.place(hparams or {})
 
     def place(self, tree: Any) -> Any:
-        return replicas.split_evenly(tree, self.mesh)
+        return replica_programs.split_evenly(tree, self.mesh)
 
     def on_host(self, tree: Any) -> Any:
         return jax.tree.map(lambda x: np.array(x)[: len(self.members)], tree)
@@ -267,7 +268,7 @@ class Group(Runs):
         return Arrays(state, step_metrics, arrays.best)
 
     def finite(self, arrays: Arrays) -> np.ndarray:
-        return self.on_host(replicas.all_finite(arrays.state.params))
+        return self.on_host(replica_programs.all_finite(arrays.state.params))
 
     def label(self, i: int) -> dict:
         return {"member": i}

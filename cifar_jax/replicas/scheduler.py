@@ -1,7 +1,7 @@
 """Many runs of one recipe, of a seed each: `--seeds`. Groups that fit in memory are trained one
 after another (`runs.Group`), or dealt to the processes where there are several, which share the
-directory and nothing else (`shared_workdir.py`); each run then gets a run directory of its own,
-and all of them the spread of what they found."""
+directory and nothing else (`replicas/shared_workdir.py`); each run then gets a run directory of its
+own, and all of them the spread of what they found."""
 
 from __future__ import annotations
 
@@ -9,16 +9,20 @@ import contextlib
 import dataclasses
 import functools
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
-from cifar_jax import group_size, many_finish, replicas, shared_workdir
-from cifar_jax.members import TrainedGroup, folder_of, write_members
+from cifar_jax.models.layer_table import summarise
 from cifar_jax.parallel.distributed import ALONE, Process
 from cifar_jax.parallel.placement import Placement
+from cifar_jax.replicas import programs as replica_programs
+from cifar_jax.replicas import results, shared_workdir
+from cifar_jax.replicas.results import TrainedGroup, folder_of, write_members
 from cifar_jax.reporting import metrics_log
 from cifar_jax.reporting.console import Progress, counted
 from cifar_jax.runtime import files
@@ -27,7 +31,7 @@ from cifar_jax.runtime.timing import Clock
 from cifar_jax.training.checks import check_first_forward
 from cifar_jax.training.loop import Interrupted, Loop
 from cifar_jax.training.runs import Group, Print
-from cifar_jax.training.setup import Run
+from cifar_jax.training.setup import Run, input_shape
 from cifar_jax.training.workdir import show_seeds, write_json
 
 
@@ -35,7 +39,7 @@ from cifar_jax.training.workdir import show_seeds, write_json
 class Plan:
     """How many runs are trained: `programs` for groups of `size`, each run of about `bytes`."""
 
-    programs: replicas.Programs
+    programs: replica_programs.Programs
     size: int
     bytes: int
     available: int | None
@@ -52,21 +56,23 @@ def make_plan(
     process: Process = ALONE,
 ) -> Plan:
     """Decides form, devices and group size for `count` runs as `run`; `step` as
-    `replicas.make_programs` takes it. Of several processes each gets a share.
+    `programs.make_programs` takes it. Of several processes each gets a share.
 
     Raises:
       UserError: unknown form, more devices than there are, or a data set too large for one.
     """
     if run.place is not Placement.RESIDENT:
         raise UserError("many runs at once need a data set that fits on every device; this is not")
-    form = replicas.choose_form(asked_form)
+    form = replica_programs.choose_form(asked_form)
     share = -(-count // process.count)
-    mesh = replicas.replica_mesh(asked_devices, share, run.config.recipe.batch_size, run.parameters)
-    available = group_size.available_bytes(process.count)
+    mesh = replica_programs.replica_mesh(
+        asked_devices, share, run.config.recipe.batch_size, run.parameters
+    )
+    available = available_bytes(process.count)
     rows, columns = mesh.devices.shape
-    fitting, size = group_size.group_size(run, form, rows, available, columns)
+    fitting, size = group_size(run, form, rows, available, columns)
     fitting = min(asked_size or fitting, share)
-    programs = replicas.make_programs(run, form, mesh, step)
+    programs = replica_programs.make_programs(run, form, mesh, step)
     return Plan(programs, fitting, size, available, process)
 
 
@@ -76,7 +82,7 @@ def opening_lines(run: Run, plan: Plan) -> list[str]:
     how = {"map": "one after another on each", "vmap": "together in every step"}[form]
     lines = [
         f"Replicas   {counted(len(seeds), 'run')}, seeds {show_seeds(seeds)}, "
-        f"{replicas.describe_mesh(plan.programs.mesh)}"
+        f"{replica_programs.describe_mesh(plan.programs.mesh)}"
         f"{f' of each of {processes} processes' if processes > 1 else ''}, form {form} ({how})"
     ]
     groups = -(-len(seeds) // plan.size)
@@ -213,7 +219,7 @@ def train_and_test(
         functools.partial(_are_written, workdir=workdir),
     )
     done = groups.train(stop, say)
-    return many_finish.finish(run, groups, done, say) if plan.process.leads else {}
+    return results.finish(run, groups, done, say) if plan.process.leads else {}
 
 
 def _read(path: Path) -> dict:
@@ -227,3 +233,87 @@ def _are_written(members: Sequence[Run], diverged: Mapping, workdir: Path) -> bo
         if str(member.config.seed) not in diverged
         for name in ("summary.json", "probabilities.npy")
     )
+
+
+# How many runs fit in memory together.
+
+# Of a state: as it goes into a program and as it comes out, its best so far, a save under way.
+STATES = 4
+# Of a layer's output in training: itself, what the backward pass keeps, its gradient, and patches
+# of a convolution, several times an image. An upper estimate, not a measurement.
+ACTIVATIONS = 16
+# What is left to everything else.
+SHARE = 0.7
+
+
+def state_bytes(run: Run) -> int:
+    """Returns the bytes of one run's state."""
+    return sum(leaf.size * max(leaf.dtype.itemsize, 4) for leaf in jax.tree.leaves(run.shapes))
+
+
+def activation_bytes(run: Run) -> int:
+    """Returns about how many bytes a training step of one run holds besides the state."""
+    recipe = run.config.recipe
+    layers = summarise(run.model, input_shape(recipe, run.config.dataset["image_shape"]))
+    numbers = sum(math.prod(layer.output_shape) for layer in layers)
+    return ACTIVATIONS * 4 * numbers * -(-recipe.batch_size // recipe.accumulate)
+
+
+def available_bytes(processes: int = 1) -> int | None:
+    """Returns the memory that is free for replicas on all local devices, None if unknown.
+
+    An accelerator says so itself (`memory_stats`); a CPU's is the host's, within the limit of the
+    process's control group, which `processes` share alike, as if on one host.
+    """
+    devices = jax.local_devices()
+    stats = devices[0].memory_stats() or {}
+    if "bytes_limit" in stats:
+        return len(devices) * (stats["bytes_limit"] - stats.get("bytes_in_use", 0))
+    free = [_meminfo(), _cgroup()]
+    found = min((value for value in free if value is not None), default=None)
+    return found and found // processes
+
+
+def _meminfo() -> int | None:
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except (OSError, ValueError):
+        pass
+    return None
+
+
+def _cgroup() -> int | None:
+    """What the control group (version 2) leaves; None where it sets no limit."""
+    folder = Path("/sys/fs/cgroup")
+    try:
+        limit = int((folder / "memory.max").read_text())
+        return max(limit - int((folder / "memory.current").read_text()), 0)
+    except (OSError, ValueError):
+        return None
+
+
+def group_size(
+    run: Run, form: str, devices: int, available: int | None, shares: int = 1
+) -> tuple[int, int]:
+    """Returns how many runs are trained together, at least one a device, and the bytes of one.
+
+    Args:
+      run: any of the runs.
+      form: under `map` one run of a device is in a step at a time, so that its activations count
+        once a device.
+      devices: over how many the runs are split; each holds the data set (on a CPU too).
+      available: bytes in all, None for no limit.
+      shares: devices that share a run's batches; they hold its state each.
+    """
+    state, activations = STATES * state_bytes(run), activation_bytes(run)
+    order = 4 * (len(run.training) + 3 * run.steps_per_epoch)
+    one = shares * (state + order) + (activations if form == "vmap" else 0)
+    if available is None:
+        return 2**31 - 1, one
+    split = run.dataset.splits["train"]
+    data = devices * shares * math.prod(split.images.shape)
+    rest = SHARE * available - data - (activations * devices if form == "map" else 0)
+    fitting = int(max(rest, 0) // one)
+    return max(fitting - fitting % devices, devices), one

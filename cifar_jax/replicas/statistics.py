@@ -61,7 +61,7 @@ def of_directories(folders: Sequence[Path], labels: np.ndarray) -> dict:
     """Returns what several run directories of the same test images found.
 
     Args:
-      folders: each with `summary.json` and `probabilities.npy` [N, C] (`members.py`).
+      folders: each with `summary.json` and `probabilities.npy` [N, C] (`replicas/results.py`).
       labels: int [N] of the test images.
 
     Returns:
