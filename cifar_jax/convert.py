@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from cifar_jax import cli
+from cifar_jax import _cli as cli
 from cifar_jax.runtime.errors import run_command
 
 

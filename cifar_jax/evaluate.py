@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from cifar_jax import cli
+from cifar_jax import _cli as cli
 from cifar_jax.runtime.errors import UserError, run_command
 from cifar_jax.runtime.streams import json_text
 

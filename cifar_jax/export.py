@@ -17,7 +17,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from cifar_jax import cli
+from cifar_jax import _cli as cli
 from cifar_jax.runtime.environment import environment
 from cifar_jax.runtime.errors import UserError, nearest, run_command
 

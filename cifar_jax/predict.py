@@ -15,7 +15,7 @@ from typing import NoReturn
 
 import numpy as np
 
-from cifar_jax import cli
+from cifar_jax import _cli as cli
 from cifar_jax.runtime.errors import UserError, run_command
 from cifar_jax.runtime.streams import json_text
 

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
-from cifar_jax import cli
+from cifar_jax import _cli as cli
 from cifar_jax.recipes import RECIPES
 from cifar_jax.runtime.errors import UserError, nearest, run_command
 from cifar_jax.runtime.files import absolute

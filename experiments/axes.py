@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from cifar_jax import cli
+from cifar_jax import _cli as cli
 from cifar_jax.recipes import Recipe
 from cifar_jax.runtime.errors import UserError, nearest
 from cifar_jax.training.setup import TRACED

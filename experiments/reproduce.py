@@ -18,7 +18,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from cifar_jax import cli, train
+from cifar_jax import _cli as cli
+from cifar_jax import train
 from cifar_jax.recipes import PUBLISHED, RECIPES
 from cifar_jax.replicas.statistics import spread
 from cifar_jax.reporting.metrics_log import to_json, write_summary

@@ -19,7 +19,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from cifar_jax import cli
+from cifar_jax import _cli as cli
 from cifar_jax.models import MODELS
 from cifar_jax.recipes import MODEL_RECIPES, RECIPES, Recipe
 from cifar_jax.runtime.errors import UserError, lookup, run_command

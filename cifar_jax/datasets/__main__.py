@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 
-from cifar_jax import cli, datasets
+from cifar_jax import _cli as cli
+from cifar_jax import datasets
 from cifar_jax.datasets import locate
 from cifar_jax.runtime.errors import run_command
 
