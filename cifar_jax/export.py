@@ -171,7 +171,7 @@ def main(arguments: Sequence[str] | None = None, say=print) -> dict:
     """Parses, exports, prints. Returns what OUT.json holds. Raises `UserError`."""
     options = make_parser().parse(arguments)
     from cifar_jax.training import evaluation
-    from cifar_jax.weights.files import check_target, replacing
+    from cifar_jax.weights.files import check_target, new_file
 
     kind = format_of(options.out, options.format)
     out, beside = Path(options.out), Path(f"{options.out}.json")
@@ -183,9 +183,9 @@ def main(arguments: Sequence[str] | None = None, say=print) -> dict:
         say(f"warning: {line}")
     content = (to_onnx if kind == "onnx" else to_stablehlo)(trained)
     facts = describe(trained, kind, content)
-    with replacing(beside, overwrite=options.overwrite) as part:
+    with new_file(beside, overwrite=options.overwrite) as part:
         part.write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        with replacing(out, overwrite=options.overwrite) as whole:
+        with new_file(out, overwrite=options.overwrite) as whole:
             whole.write_bytes(content)
     say(f"{facts['model']} after step {trained.step}, from {trained.directory}")
     say(f"{facts['input']} -> {facts['output']}")

@@ -106,12 +106,12 @@ def write(
     """
     ending = check_ending(path)
     writer = _write_safetensors if ending == ".safetensors" else _write_torch
-    with replacing(path, overwrite=overwrite) as temporary:
+    with new_file(path, overwrite=overwrite) as temporary:
         writer(temporary, state, dict(metadata or {}))
 
 
 @contextlib.contextmanager
-def replacing(path: str | os.PathLike, *, overwrite: bool = False):
+def new_file(path: str | os.PathLike, *, overwrite: bool = False):
     """Yields the path of a temporary file beside `path`, renamed to it when all went well.
 
     Raises:
