@@ -31,11 +31,12 @@ def main(arguments: Sequence[str] | None = None, say=print) -> dict:
     """Parses, converts, prints. Returns {"entries", "sha256", "step"}. Raises `UserError`."""
     options = make_parser().parse(arguments)
     from cifar_jax.reporting.console import counted
+    from cifar_jax.runtime import files
     from cifar_jax.weights import files as weight_files
     from cifar_jax.weights import init_from
 
     weight_files.check_ending(options.out)
-    weight_files.check_target(options.out, options.overwrite)
+    files.check_target(options.out, options.overwrite)
     which = cli.checkpoint_name(options.checkpoint)
     if Path(options.source).is_dir():
         trained, weights = init_from.of_run(options.source, which)

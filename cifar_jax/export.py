@@ -170,8 +170,8 @@ def describe(trained, kind: str, content: bytes) -> dict:
 def main(arguments: Sequence[str] | None = None, say=print) -> dict:
     """Parses, exports, prints. Returns what OUT.json holds. Raises `UserError`."""
     options = make_parser().parse(arguments)
+    from cifar_jax.runtime.files import check_target, new_file
     from cifar_jax.training import evaluation
-    from cifar_jax.weights.files import check_target, new_file
 
     kind = format_of(options.out, options.format)
     out, beside = Path(options.out), Path(f"{options.out}.json")

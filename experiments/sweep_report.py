@@ -65,7 +65,7 @@ def report(config, varied, points, rows, seconds, workdir: Path, say) -> dict:
     from cifar_jax.reporting.console import counted
     from cifar_jax.reporting.plots import attempt
     from cifar_jax.runtime.environment import environment
-    from cifar_jax.training.workdir import write_json
+    from cifar_jax.runtime.files import write_json
     from experiments import figures
 
     text = io.StringIO()

@@ -23,13 +23,13 @@ from cifar_jax.reporting.plots import attempt
 from cifar_jax.runtime import files
 from cifar_jax.runtime.environment import environment
 from cifar_jax.runtime.errors import UserError
+from cifar_jax.runtime.files import write_json
 from cifar_jax.runtime.timing import peak_memory
 from cifar_jax.training import evaluation, loop, setup
 from cifar_jax.training import summary as run_summary
 from cifar_jax.training.loop import Position
 from cifar_jax.training.runs import Group, Print
 from cifar_jax.training.setup import Run
-from cifar_jax.training.workdir import write_json
 
 if TYPE_CHECKING:
     from cifar_jax.replicas.scheduler import Groups

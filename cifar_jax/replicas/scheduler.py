@@ -27,12 +27,13 @@ from cifar_jax.reporting import metrics_log
 from cifar_jax.reporting.console import Progress, counted
 from cifar_jax.runtime import files
 from cifar_jax.runtime.errors import UserError
+from cifar_jax.runtime.files import write_json
 from cifar_jax.runtime.timing import Clock
 from cifar_jax.training.checks import check_first_forward
 from cifar_jax.training.loop import Interrupted, Loop
 from cifar_jax.training.runs import Group, Print
 from cifar_jax.training.setup import Run, input_shape
-from cifar_jax.training.workdir import show_seeds, write_json
+from cifar_jax.training.workdir import show_seeds
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,7 +22,8 @@ from cifar_jax.parallel.agreement import check_settings
 from cifar_jax.parallel.distributed import Process
 from cifar_jax.runtime import files
 from cifar_jax.runtime.errors import UserError
-from cifar_jax.training.workdir import Config, check_goes_on, open_workdir, read_config, write_json
+from cifar_jax.runtime.files import write_json
+from cifar_jax.training.workdir import Config, check_goes_on, open_workdir, read_config
 
 SEEN_SECONDS = 60.0  # for process 0 to load its data and open the directory, and others to see it
 

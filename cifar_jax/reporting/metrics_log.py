@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 
 from cifar_jax.runtime.errors import UserError
-from cifar_jax.training.workdir import write_json
+from cifar_jax.runtime.files import write_json
 
 
 def to_json(value):

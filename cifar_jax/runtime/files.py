@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
+import json
 import os
 import re
 import shutil
@@ -131,3 +132,58 @@ def _locked(file, waiting: Callable[[], None] | None) -> bool:
 @functools.cache  # once
 def _say_unlocked(folder: Path, reason: str) -> None:
     notice(f"no locks in {folder} ({reason}): see to it that no other process works there")
+
+
+def write_json(path: Path, values: dict) -> None:
+    """Writes JSON so that a reader sees the old file or the whole new one.
+
+    Raises:
+      UserError: the disk is full or the file cannot be written.
+    """
+    text = json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False)
+    try:
+        with replacing(path) as temporary:
+            # What no encoding holds (bytes of a file's name) becomes a JSON escape.
+            temporary.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from None
+
+
+@contextlib.contextmanager
+def new_file(path: str | os.PathLike, *, overwrite: bool = False):
+    """Yields the path of a temporary file beside `path`, renamed to it when all went well.
+
+    Raises:
+      UserError: `path` is a directory, is there and may not be overwritten, or cannot be
+        written.
+    """
+    path = Path(path)
+    check_target(path, overwrite)
+    try:
+        with replacing(path) as temporary:
+            yield temporary
+            os.chmod(temporary, 0o666 & ~_umask())
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
+
+
+def check_target(path: str | os.PathLike, overwrite: bool) -> None:
+    """Raises `UserError` where a file may not be written at `path`."""
+    path = Path(path)
+    try:
+        if path.is_dir():
+            raise UserError(f"{path} is a directory; name a file")
+        there = path.exists()
+        has_folder = path.parent.is_dir()
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from None
+    if there and not overwrite:
+        raise UserError(f"{path} is there already; give --overwrite to replace it")
+    if not has_folder:
+        raise UserError(f"cannot write {path}: there is no directory {path.parent}")
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -15,11 +15,12 @@ from cifar_jax.recipes import Recipe
 from cifar_jax.reporting import console, metrics_log, plots
 from cifar_jax.reporting.plots import attempt
 from cifar_jax.runtime.environment import environment
+from cifar_jax.runtime.files import write_json
 from cifar_jax.runtime.timing import peak_memory
 from cifar_jax.training import evaluation, setup
 from cifar_jax.training.runs import Print
 from cifar_jax.training.setup import Run
-from cifar_jax.training.workdir import show_seeds, write_json
+from cifar_jax.training.workdir import show_seeds
 
 
 def test(run: Run, state: steps.TrainState, split: str) -> tuple[dict, np.ndarray]:

@@ -25,6 +25,7 @@ from cifar_jax.checkpoints.manifests import latest_step
 from cifar_jax.recipes import TO_THE_END, Recipe
 from cifar_jax.runtime import files
 from cifar_jax.runtime.errors import ReaderLeft, UserError, notice
+from cifar_jax.runtime.files import write_json
 
 FORMAT = 1
 _OWN_NAMES = (
@@ -306,18 +307,3 @@ def _locked(path: Path) -> Iterator[None]:
         if not held:
             raise UserError(f"--workdir {path} is in use by another process")
         yield
-
-
-def write_json(path: Path, values: dict) -> None:
-    """Writes JSON so that a reader sees the old file or the whole new one.
-
-    Raises:
-      UserError: the disk is full or the file cannot be written.
-    """
-    text = json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False)
-    try:
-        with files.replacing(path) as temporary:
-            # What no encoding holds (bytes of a file's name) becomes a JSON escape.
-            temporary.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from None

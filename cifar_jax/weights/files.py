@@ -7,7 +7,6 @@ pickle that asks for anything but tensors is refused.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
@@ -21,8 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from cifar_jax.runtime import files
 from cifar_jax.runtime.errors import UserError
+from cifar_jax.runtime.files import new_file
 from cifar_jax.weights.state_dict import unwrap
 
 TORCH_ENDINGS = (".pth", ".pt")
@@ -110,40 +109,6 @@ def write(
         writer(temporary, state, dict(metadata or {}))
 
 
-@contextlib.contextmanager
-def new_file(path: str | os.PathLike, *, overwrite: bool = False):
-    """Yields the path of a temporary file beside `path`, renamed to it when all went well.
-
-    Raises:
-      UserError: `path` is a directory, is there and may not be overwritten, or cannot be
-        written.
-    """
-    path = Path(path)
-    check_target(path, overwrite)
-    try:
-        with files.replacing(path) as temporary:
-            yield temporary
-            os.chmod(temporary, 0o666 & ~_umask())
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
-
-
-def check_target(path: str | os.PathLike, overwrite: bool) -> None:
-    """Raises `UserError` where a file may not be written at `path`."""
-    path = Path(path)
-    try:
-        if path.is_dir():
-            raise UserError(f"{path} is a directory; name a file")
-        there = path.exists()
-        has_folder = path.parent.is_dir()
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from None
-    if there and not overwrite:
-        raise UserError(f"{path} is there already; give --overwrite to replace it")
-    if not has_folder:
-        raise UserError(f"cannot write {path}: there is no directory {path.parent}")
-
-
 def content_hash(state: Mapping[str, np.ndarray]) -> str:
     """Returns the SHA-256 of a state dict's names, shapes, dtypes and values, whatever file or
     order they were in."""
@@ -169,12 +134,6 @@ def _reader(path: Path) -> Callable:
     if path.suffix.lower() in ENDINGS:
         return _read_safetensors
     raise UserError(f"{path} is damaged or no file of weights (neither safetensors nor PyTorch's)")
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _float32(state: Mapping[str, Any]) -> tuple[dict[str, np.ndarray], list[str]]:
