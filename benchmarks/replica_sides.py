@@ -60,8 +60,8 @@ class OurReplicas(ReplicaSide):
 
         from cifar_jax.parallel import placement, programs
         from cifar_jax.replicas import programs as replica_programs
+        from cifar_jax.replicas.group import Group
         from cifar_jax.runtime.timing import Clock, compile_seconds
-        from cifar_jax.training.runs import Group
         from cifar_jax.training.setup import Options, make_run
         from cifar_jax.training.workdir import Config, describe_data
 

@@ -17,6 +17,7 @@ from cifar_jax.parallel import placement, programs
 from cifar_jax.parallel import programs as parallel_programs
 from cifar_jax.replicas import programs as replica_programs
 from cifar_jax.replicas import statistics
+from cifar_jax.replicas.group import Group
 from cifar_jax.reporting import console, metrics_log
 from cifar_jax.reporting.console import counted
 from cifar_jax.reporting.plots import attempt
@@ -28,7 +29,7 @@ from cifar_jax.runtime.timing import peak_memory
 from cifar_jax.training import evaluation, loop, setup
 from cifar_jax.training import summary as run_summary
 from cifar_jax.training.loop import Position
-from cifar_jax.training.runs import Group, Print
+from cifar_jax.training.runs import Print
 from cifar_jax.training.setup import Run
 
 if TYPE_CHECKING:

@@ -1,5 +1,5 @@
 """Many runs of one recipe, of a seed each: `--seeds`. Groups that fit in memory are trained one
-after another (`runs.Group`), or dealt to the processes where there are several, which share the
+after another (`group.Group`), or dealt to the processes where there are several, which share the
 directory and nothing else (`replicas/shared_workdir.py`); each run then gets a run directory of its
 own, and all of them the spread of what they found."""
 
@@ -22,6 +22,7 @@ from cifar_jax.parallel.distributed import ALONE, Process
 from cifar_jax.parallel.placement import Placement
 from cifar_jax.replicas import programs as replica_programs
 from cifar_jax.replicas import results, shared_workdir
+from cifar_jax.replicas.group import Group
 from cifar_jax.replicas.results import TrainedGroup, folder_of, write_members
 from cifar_jax.reporting import metrics_log
 from cifar_jax.reporting.console import Progress, counted
@@ -31,7 +32,7 @@ from cifar_jax.runtime.files import write_json
 from cifar_jax.runtime.timing import Clock
 from cifar_jax.training.checks import check_first_forward
 from cifar_jax.training.loop import Interrupted, Loop
-from cifar_jax.training.runs import Group, Print
+from cifar_jax.training.runs import Print
 from cifar_jax.training.setup import Run, input_shape
 from cifar_jax.training.workdir import show_seeds
 
