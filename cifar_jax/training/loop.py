@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from cifar_jax import optimizers, steps
+from cifar_jax.checkpoints import shared
 from cifar_jax.parallel import agreement, programs
 from cifar_jax.reporting import console
 from cifar_jax.reporting.console import Progress
@@ -71,7 +72,7 @@ class Loop:
         self.lengths = programs.Chunks(self.steps, seconds=runs.chunk_seconds)
         self.saved_at = time.monotonic()
         self.log = MetricsLog(folder / "metrics.jsonl")
-        self.checkpoints = agreement.open_checkpoints(folder / "checkpoints")
+        self.checkpoints = shared.open_checkpoints(folder / "checkpoints")
 
     def __enter__(self) -> Loop:
         return self
