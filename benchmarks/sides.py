@@ -155,10 +155,10 @@ class Ours(Side):
 
     def _unfolded(self):
         """The initial weights as PyTorch has them."""
-        from cifar_jax.training import evaluation
+        from cifar_jax.weights import init_from
 
         image_shape = self.run.config.dataset["image_shape"]
-        return evaluation.unfold_initial(
+        return init_from.unfold_initial(
             self.state.params, self.run.model, self.run.keys["state"], image_shape
         )
 

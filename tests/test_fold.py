@@ -212,7 +212,7 @@ def test_a_runs_weights_unfold_from_its_seed():
             state, _ = step(state, {"image": images, "label": labels})
         variables = steps.inference_variables(state)
         trained = evaluation.Trained(config, net, variables, None, 3, None, [])
-        found[folded] = evaluation.unfolded(trained)["params"]
+        found[folded] = init_from.unfolded(trained)["params"]
     # Linear weights are so small at first that a millionth of the largest is what counts.
     assert difference(found[True], found[False]) < 1e-5
 
@@ -227,11 +227,11 @@ def test_weights_from_a_file_are_folded_and_unfold_again(tmp_path):
     moved = jax.tree.map(lambda x: jnp.asarray(x) + 0.25, found.variables["params"])
     config = Config("vgg16_finetune", ADAM, 3, data, init_from=found.record)
     trained = evaluation.Trained(config, model(True), {"params": moved}, None, 3, None, [])
-    back = evaluation.unfolded(trained)["params"]
+    back = init_from.unfolded(trained)["params"]
     assert difference(back, jax.tree.map(lambda x: x + np.float32(0.25), params)) < 1e-6
     weight_files.write(path, to_torch(jax.tree.map(lambda x: 2 * x, params)), {}, overwrite=True)
     with pytest.raises(UserError, match="has changed since"):
-        evaluation.unfolded(trained)
+        init_from.unfolded(trained)
     path.unlink()
     with pytest.raises(UserError, match="takes the weights the run started from"):
-        evaluation.unfolded(trained)
+        init_from.unfolded(trained)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cifar_jax import input_pipeline, optimizers, steps
+from cifar_jax import input_pipeline, steps
 from cifar_jax.checkpoints import manifests, restoring
 from cifar_jax.datasets import Dataset, Split
-from cifar_jax.models import fold, model_of
+from cifar_jax.models import model_of
 from cifar_jax.parallel import hardware
 from cifar_jax.parallel import programs as parallel_programs
 from cifar_jax.parallel.placement import Examples
@@ -97,64 +96,6 @@ def abstract_payload(config: Config, model: nn.Module) -> dict:
     create = setup.state_maker(config.recipe, model, steps_per_epoch, image_shape)
     shapes = jax.eval_shape(lambda: create(jax.random.key(0)))
     return setup.abstract_payload(shapes, steps_per_epoch)
-
-
-def unfolded(trained: Trained) -> dict[str, Any]:
-    """Returns `trained.variables` with all 49 blocks of VGG16's folded layer, for use elsewhere.
-
-    The blocks before the first step are no part of a checkpoint: they are drawn again from the
-    run's seed, or read again from the weights it started from. Variables without a folded layer
-    are returned as they are.
-
-    Raises:
-      UserError: the weights it started from are gone or changed.
-    """
-    params, config = trained.variables["params"], trained.config
-    if not fold.is_folded(params):
-        return trained.variables
-    recipe, shrunk = config.recipe, 1.0
-    frozen = any(optimizers.layer_matches(fold.LAYER, prefix) for prefix in recipe.freeze)
-    if recipe.weight_decay and not frozen:
-        optimizer = optimizers.make_optimizer(recipe, config.steps_per_epoch)
-        shrunk = fold.spread(optimizer, trained.step, recipe.ema_decay)
-    if config.init_from is None:
-        key = input_pipeline.run_keys(config.seed)["state"]
-        shape = setup.input_shape(recipe, config.dataset["image_shape"])
-        params = unfold_initial(params, trained.model, key, shape, shrunk)
-    else:
-        params = fold.unfold(params, jnp.asarray(_given_kernel(trained)), shrunk)
-    return {**trained.variables, "params": params}
-
-
-def _given_kernel(trained: Trained) -> np.ndarray:
-    """The unfolded kernel in the weights that a run started from."""
-    from cifar_jax.weights import init_from
-
-    config, model = trained.config, trained.model.clone(fold=False)
-    given = config.init_from
-    what = f"{fold.LAYER} is folded, and to unfold it takes the weights the run started from"
-    try:
-        shape = setup.input_shape(config.recipe, config.dataset["image_shape"])
-        found = init_from.load(given["source"], model, shape)
-    except UserError as error:
-        raise UserError(f"{what}: {error}") from None
-    if found.record["sha256"] != given["sha256"]:
-        raise UserError(f"{what}: {given['source']} has changed since")
-    return found.variables["params"][fold.LAYER]["kernel"]
-
-
-def unfold_initial(
-    params, model: nn.Module, key: jax.Array, image_shape: Sequence[int], spread: float = 1.0
-):
-    """Returns folded parameters unfolded with the blocks that `create_state(model, ..., key)`
-    draws; others as they are. `spread` as in `fold.unfold`."""
-    if not fold.is_folded(params):
-        return params
-    draw = functools.partial(fold.initial_kernel, model, image_shape=tuple(image_shape))
-    init_key = jax.random.split(key)[0]  # as `create_state` splits it
-    numbers = fold.BLOCKS * params[fold.LAYER][fold.MEAN_KERNEL].size
-    draw = parallel_programs.compile_for_one_call(draw, numbers)
-    return fold.unfold(params, draw(init_key), spread)
 
 
 def evaluate_split(

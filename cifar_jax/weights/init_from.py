@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cifar_jax import input_pipeline, optimizers
 from cifar_jax.models import fold
+from cifar_jax.parallel import programs as parallel_programs
 from cifar_jax.runtime.errors import UserError
+from cifar_jax.training import setup
+from cifar_jax.training.evaluation import Trained
 from cifar_jax.weights import files as weight_files
 from cifar_jax.weights.state_dict import (
     last_layer,
@@ -63,7 +69,7 @@ def of_run(source: str | os.PathLike, which: str | int | None = None):
     from cifar_jax.training import evaluation
 
     trained = evaluation.load(source, which)
-    state = to_torch(**evaluation.unfolded(trained))
+    state = to_torch(**unfolded(trained))
     return trained, weight_files.Weights(state, list(trained.notices), {})
 
 
@@ -124,3 +130,60 @@ def _without_other_head(state: Mapping[str, np.ndarray], variables: Mapping[str,
     state = {name: value for name, value in state.items() if name not in (weight, bias)}
     params = {name: value for name, value in params.items() if name != head}
     return state, {"params": params, "batch_stats": stats}, (head, had[0], has[0])
+
+
+def unfolded(trained: Trained) -> dict[str, Any]:
+    """Returns `trained.variables` with all 49 blocks of VGG16's folded layer, for use elsewhere.
+
+    The blocks before the first step are no part of a checkpoint: they are drawn again from the
+    run's seed, or read again from the weights it started from. Variables without a folded layer
+    are returned as they are.
+
+    Raises:
+      UserError: the weights it started from are gone or changed.
+    """
+    params, config = trained.variables["params"], trained.config
+    if not fold.is_folded(params):
+        return trained.variables
+    recipe, shrunk = config.recipe, 1.0
+    frozen = any(optimizers.layer_matches(fold.LAYER, prefix) for prefix in recipe.freeze)
+    if recipe.weight_decay and not frozen:
+        optimizer = optimizers.make_optimizer(recipe, config.steps_per_epoch)
+        shrunk = fold.spread(optimizer, trained.step, recipe.ema_decay)
+    if config.init_from is None:
+        key = input_pipeline.run_keys(config.seed)["state"]
+        shape = setup.input_shape(recipe, config.dataset["image_shape"])
+        params = unfold_initial(params, trained.model, key, shape, shrunk)
+    else:
+        params = fold.unfold(params, jnp.asarray(_given_kernel(trained)), shrunk)
+    return {**trained.variables, "params": params}
+
+
+def _given_kernel(trained: Trained) -> np.ndarray:
+    """The unfolded kernel in the weights that a run started from."""
+
+    config, model = trained.config, trained.model.clone(fold=False)
+    given = config.init_from
+    what = f"{fold.LAYER} is folded, and to unfold it takes the weights the run started from"
+    try:
+        shape = setup.input_shape(config.recipe, config.dataset["image_shape"])
+        found = load(given["source"], model, shape)
+    except UserError as error:
+        raise UserError(f"{what}: {error}") from None
+    if found.record["sha256"] != given["sha256"]:
+        raise UserError(f"{what}: {given['source']} has changed since")
+    return found.variables["params"][fold.LAYER]["kernel"]
+
+
+def unfold_initial(
+    params, model: nn.Module, key: jax.Array, image_shape: Sequence[int], spread: float = 1.0
+):
+    """Returns folded parameters unfolded with the blocks that `create_state(model, ..., key)`
+    draws; others as they are. `spread` as in `fold.unfold`."""
+    if not fold.is_folded(params):
+        return params
+    draw = functools.partial(fold.initial_kernel, model, image_shape=tuple(image_shape))
+    init_key = jax.random.split(key)[0]  # as `create_state` splits it
+    numbers = fold.BLOCKS * params[fold.LAYER][fold.MEAN_KERNEL].size
+    draw = parallel_programs.compile_for_one_call(draw, numbers)
+    return fold.unfold(params, draw(init_key), spread)
