@@ -65,7 +65,7 @@ def _option_names(parser: argparse.ArgumentParser) -> Iterator[str]:
                 yield from _option_names(inner)
 
 
-def names(text: str) -> tuple[str, ...]:
+def parse_names(text: str) -> tuple[str, ...]:
     """Parses `a,b` or nothing into a tuple of names."""
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
@@ -146,7 +146,7 @@ def add_recipe_options(parser: Parser) -> None:
             kind = types[field.name]
             group.add_argument(option, type=kind, metavar=kind.__name__.upper(), **shown)
         else:
-            group.add_argument(option, type=names, metavar="NAMES", **shown)
+            group.add_argument(option, type=parse_names, metavar="NAMES", **shown)
 
 
 def recipe_from(options: argparse.Namespace) -> tuple[str, Recipe]:

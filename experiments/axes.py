@@ -58,7 +58,7 @@ def parse(name: str, text: str, random: bool = False) -> Axis:
         raise UserError(f"a recipe has no {name!r} to vary; {nearest(name, TYPES)}")
     option, kind = f"--{name.replace('_', '-')}", TYPES[name]
     if kind not in (int, float, str, bool):
-        return Axis(name, text, (cli.names(text),))
+        return Axis(name, text, (cli.parse_names(text),))
     if text.split(":")[0] in ("log", "lin"):
         return _range(name, text, option, kind, random)
     values = tuple(_value(part.strip(), option, kind) for part in text.split(","))
