@@ -8,7 +8,7 @@ import typing
 from collections.abc import Iterable, Iterator, Sequence
 
 from cifar_jax.models import MODELS
-from cifar_jax.recipes import MODEL_RECIPES, RECIPES, Recipe, option_of
+from cifar_jax.recipes import MODEL_RECIPES, RECIPES, Recipe, option_of, parse_names
 from cifar_jax.runtime.errors import UserError, lookup, nearest
 from cifar_jax.runtime.files import expanded
 
@@ -63,11 +63,6 @@ def _option_names(parser: argparse.ArgumentParser) -> Iterator[str]:
         if isinstance(action, argparse._SubParsersAction):
             for inner in action.choices.values():
                 yield from _option_names(inner)
-
-
-def parse_names(text: str) -> tuple[str, ...]:
-    """Parses `a,b` or nothing into a tuple of names."""
-    return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 def seed(text: str) -> int:

@@ -346,3 +346,8 @@ def published_accuracies(name: str, recipe: Recipe, dataset: str) -> list[float]
     reporting = {"eval_batch_size": 1, "log_every": 1}  # what has no part in the result
     same = recipe.replace(**reporting) == RECIPES[name].replace(**reporting)
     return list(PUBLISHED[name]["accuracy"]) if same else []
+
+
+def parse_names(text: str) -> tuple[str, ...]:
+    """Parses `a,b` or nothing into a tuple of names."""
+    return tuple(name.strip() for name in text.split(",") if name.strip())

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from cifar_jax import _cli as cli
+from cifar_jax import recipes
 from cifar_jax.recipes import Recipe
 from cifar_jax.runtime.errors import UserError, nearest
 from cifar_jax.training.setup import TRACED
@@ -58,7 +58,7 @@ def parse(name: str, text: str, random: bool = False) -> Axis:
         raise UserError(f"a recipe has no {name!r} to vary; {nearest(name, TYPES)}")
     option, kind = f"--{name.replace('_', '-')}", TYPES[name]
     if kind not in (int, float, str, bool):
-        return Axis(name, text, (cli.parse_names(text),))
+        return Axis(name, text, (recipes.parse_names(text),))
     if text.split(":")[0] in ("log", "lin"):
         return _range(name, text, option, kind, random)
     values = tuple(_value(part.strip(), option, kind) for part in text.split(","))

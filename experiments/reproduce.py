@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cifar_jax import _cli as cli
-from cifar_jax import train
+from cifar_jax import recipes, train
 from cifar_jax.recipes import PUBLISHED, RECIPES
 from cifar_jax.replicas.statistics import spread
 from cifar_jax.reporting.metrics_log import to_json, write_summary
@@ -145,7 +145,9 @@ def table(results: dict) -> str:
 def main(arguments: Sequence[str] | None = None) -> dict:
     """Parses, trains, writes the table."""
     parser = cli.Parser(prog="python -m experiments.reproduce", description=__doc__)
-    parser.add_argument("--recipes", type=cli.parse_names, default=tuple(PUBLISHED), help="a,b,c")
+    parser.add_argument(
+        "--recipes", type=recipes.parse_names, default=tuple(PUBLISHED), help="a,b,c"
+    )
     parser.add_argument("--seeds", type=cli.seeds, default="0:8", help="0:8 is 0 to 7")
     parser.add_argument(
         "--runs", type=cli.path, default="runs/reproduce", help="where run directories go"
