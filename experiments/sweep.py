@@ -22,11 +22,11 @@ from pathlib import Path
 from cifar_jax import _cli as cli
 from cifar_jax.models import MODELS
 from cifar_jax.recipes import MODEL_RECIPES, RECIPES, Recipe
+from cifar_jax.replicas import sweep as sweeps
+from cifar_jax.replicas.sweep import Axis
 from cifar_jax.runtime.errors import UserError, lookup, run_command
 from cifar_jax.runtime.files import absolute
-from experiments import axes as axes_of
 from experiments import sweep_report
-from experiments.axes import Axis
 
 
 def make_parser() -> cli.Parser:
@@ -66,7 +66,7 @@ def plan_of(options: argparse.Namespace) -> tuple[str, Recipe, list[Axis], list[
       UserError: unknown names, nothing to vary, or a point that is no recipe.
     """
     given = [
-        axes_of.parse(field.name, getattr(options, field.name), bool(options.random))
+        sweeps.parse(field.name, getattr(options, field.name), bool(options.random))
         for field in dataclasses.fields(Recipe)
         if hasattr(options, field.name)
     ]
@@ -80,9 +80,9 @@ def plan_of(options: argparse.Namespace) -> tuple[str, Recipe, list[Axis], list[
     name = options.recipe or MODEL_RECIPES.get(model, cli.DEFAULT_RECIPE)
     recipe = lookup(RECIPES, name, "recipe").replace(**fixed)
     if options.random:
-        points = axes_of.by_chance(varied, options.random, options.random_seed)
+        points = sweeps.by_chance(varied, options.random, options.random_seed)
     else:
-        points = axes_of.grid(varied)
+        points = sweeps.grid(varied)
     names = [axis.name for axis in varied]
     for point in points:
         tried = recipe.replace(**point)
@@ -160,7 +160,7 @@ class Sweep:
 
         self.config, self.dataset, self.points, self.options = config, dataset, points, options
         self.process = process
-        self.programs = axes_of.programs_of(points, varied)
+        self.programs = sweeps.programs_of(points, varied)
         self.form = replica_programs.choose_form(options.replica_form)
         lowering = replica_programs.choose_lowering(self.form, options.conv)
         self.run_options = Options(lowering=lowering, save_minutes=options.save_minutes)
@@ -184,7 +184,7 @@ class Sweep:
         for number, (static, places) in enumerate(self.programs):
             runs = [(self.points[i], seed) for i in places for seed in self.config.seeds]
             fixed = self.config.recipe.replace(**static)
-            base, hparams = axes_of.base_of(fixed, [point for point, _ in runs])
+            base, hparams = sweeps.base_of(fixed, [point for point, _ in runs])
             config = dataclasses.replace(self.config, recipe=base, axes=None)
             run = make_run(config, self.dataset, self.run_options, Clock())
             members = [run.with_config(self._config_of(point, seed)) for point, seed in runs]

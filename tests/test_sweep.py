@@ -13,8 +13,9 @@ from tiny_data import small, tiny, words
 
 from cifar_jax import train
 from cifar_jax.recipes import RECIPES
+from cifar_jax.replicas import sweep as sweeps
 from cifar_jax.runtime.errors import UserError, run_command
-from experiments import axes, sweep
+from experiments import sweep
 
 __all__ = ["small", "tiny"]
 
@@ -25,14 +26,14 @@ RATES = "--learning-rate 0.01,1000 --momentum 0,0.9"
 
 
 def test_axes_are_lists_and_ranges():
-    assert axes.parse("momentum", "0,0.9").values == (0.0, 0.9)
-    assert axes.parse("batch_size", "4, 8").values == (4, 8)
-    assert axes.parse("nesterov", "true,false").values == (True, False)
-    assert axes.parse("augment", "flip,translate").values == (("flip", "translate"),)
-    assert axes.parse("learning_rate", "log:1e-3:1:4").values == (0.001, 0.01, 0.1, 1.0)
-    assert axes.parse("momentum", "lin:0:0.9:4").values == (0.0, 0.3, 0.6, 0.9)
-    assert axes.parse("batch_size", "log:1:100:3").values == (1, 10, 100)
-    assert [axes.parse(n, "1,2").is_traced for n in ("learning_rate", "epochs")] == [True, False]
+    assert sweeps.parse("momentum", "0,0.9").values == (0.0, 0.9)
+    assert sweeps.parse("batch_size", "4, 8").values == (4, 8)
+    assert sweeps.parse("nesterov", "true,false").values == (True, False)
+    assert sweeps.parse("augment", "flip,translate").values == (("flip", "translate"),)
+    assert sweeps.parse("learning_rate", "log:1e-3:1:4").values == (0.001, 0.01, 0.1, 1.0)
+    assert sweeps.parse("momentum", "lin:0:0.9:4").values == (0.0, 0.3, 0.6, 0.9)
+    assert sweeps.parse("batch_size", "log:1:100:3").values == (1, 10, 100)
+    assert [sweeps.parse(n, "1,2").is_traced for n in ("learning_rate", "epochs")] == [True, False]
 
 
 @pytest.mark.parametrize(
@@ -54,20 +55,20 @@ def test_axes_are_lists_and_ranges():
 )
 def test_bad_axes(name, text, expected):
     with pytest.raises(UserError, match=expected):
-        axes.parse(name, text)
+        sweeps.parse(name, text)
 
 
 def test_grids_and_points_by_chance():
-    a, b = axes.parse("learning_rate", "log:1e-3:1:4"), axes.parse("momentum", "0,0.9")
-    points = axes.grid([a, b])
+    a, b = sweeps.parse("learning_rate", "log:1e-3:1:4"), sweeps.parse("momentum", "0,0.9")
+    points = sweeps.grid([a, b])
     assert len(points) == 8
     assert points[:2] == [
         {"learning_rate": 0.001, "momentum": 0.0},
         {"learning_rate": 0.001, "momentum": 0.9},
     ]
-    a = axes.parse("learning_rate", "log:1e-3:1", random=True)
-    drawn = axes.by_chance([a, b], 400, seed=1)
-    assert drawn == axes.by_chance([a, b], 400, seed=1)
+    a = sweeps.parse("learning_rate", "log:1e-3:1", random=True)
+    drawn = sweeps.by_chance([a, b], 400, seed=1)
+    assert drawn == sweeps.by_chance([a, b], 400, seed=1)
     rates = np.log10([point["learning_rate"] for point in drawn])
     assert (rates.min() > -3, rates.max() < 0) == (True, True)
     assert abs(rates.mean() + 1.5) < 0.15, "uniform in the logarithm"
@@ -75,13 +76,13 @@ def test_grids_and_points_by_chance():
 
 
 def test_points_share_a_program_where_they_can():
-    given = [axes.parse("batch_size", "4,8"), axes.parse("clip_norm", "0,2")]
-    points = axes.grid(given)
-    assert axes.programs_of(points, given) == [
+    given = [sweeps.parse("batch_size", "4,8"), sweeps.parse("clip_norm", "0,2")]
+    points = sweeps.grid(given)
+    assert sweeps.programs_of(points, given) == [
         ({"batch_size": 4}, [0, 1]),
         ({"batch_size": 8}, [2, 3]),
     ]
-    base, numbers = axes.base_of(RECIPES["tutorial"], points[:2])
+    base, numbers = sweeps.base_of(RECIPES["tutorial"], points[:2])
     assert base.clip_norm == 2, "switched on for all,"
     assert numbers["clip_norm"].tolist() == [math.inf, 2], "and without effect where it was off"
 

@@ -1,4 +1,5 @@
-"""The axes of a sweep: from `log:1e-3:1:12` and `0,0.9` to the points of a grid or of chance."""
+"""Settings of a recipe as axes: from `log:1e-3:1:12` and `0,0.9` to the points of a grid or of
+chance, their programs, and what was found at each point."""
 
 from __future__ import annotations
 
