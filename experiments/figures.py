@@ -81,7 +81,7 @@ def sweep(
 
     Args:
       names: of the axes.
-      points: from `experiments.sweep_report.by_point`.
+      points: from `cifar_jax.replicas.sweep.by_point`.
     """
     values = {name: sorted({point["values"][name] for point in points}) for name in names}
     longest = sorted(names, key=lambda name: -len(values[name]))

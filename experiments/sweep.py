@@ -16,14 +16,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 from cifar_jax import _cli as cli
 from cifar_jax.models import MODELS
 from cifar_jax.recipes import MODEL_RECIPES, RECIPES, Recipe
 from cifar_jax.replicas import sweep as sweeps
-from cifar_jax.replicas.sweep import Axis
+from cifar_jax.replicas.sweep import Axis, Sweep
 from cifar_jax.runtime.errors import UserError, lookup, run_command
 from cifar_jax.runtime.files import absolute
 from experiments import sweep_report
@@ -147,85 +146,6 @@ def _main(
         if not process.leads:
             return {}
         return sweep_report.report(config, varied, points, rows, seconds, workdir, say)
-
-
-class Sweep:
-    """All programs of a sweep, one after another."""
-
-    def __init__(
-        self, config, dataset, varied: Sequence[Axis], points: Sequence[dict], options, process
-    ):
-        from cifar_jax.replicas import programs as replica_programs
-        from cifar_jax.training.setup import Options
-
-        self.config, self.dataset, self.points, self.options = config, dataset, points, options
-        self.process = process
-        self.programs = sweeps.programs_of(points, varied)
-        self.form = replica_programs.choose_form(options.replica_form)
-        lowering = replica_programs.choose_lowering(self.form, options.conv)
-        self.run_options = Options(lowering=lowering, save_minutes=options.save_minutes)
-        self.count = len(points) * len(config.seeds)
-
-    def train(self, workdir: Path, stop, say) -> tuple[list[dict], dict]:
-        """Trains what is missing; returns a row for each run, and {phase: seconds}."""
-        from cifar_jax.replicas import programs as replica_programs
-        from cifar_jax.replicas import results as replica_results
-        from cifar_jax.replicas import scheduler
-        from cifar_jax.reporting.console import counted
-        from cifar_jax.runtime.timing import Clock
-        from cifar_jax.training import setup
-        from cifar_jax.training.setup import make_run
-
-        rows, seconds = [], {}
-        runs, points = counted(self.count, "run"), counted(len(self.points), "point")
-        what = f"{points}, {counted(len(self.config.seeds), 'seed')} each"
-        programs = counted(len(self.programs), "program")
-        say(f"Sweep      {runs}: {what}, in {programs}; {workdir}")
-        for number, (static, places) in enumerate(self.programs):
-            runs = [(self.points[i], seed) for i in places for seed in self.config.seeds]
-            fixed = self.config.recipe.replace(**static)
-            base, hparams = sweeps.base_of(fixed, [point for point, _ in runs])
-            config = dataclasses.replace(self.config, recipe=base, axes=None)
-            run = make_run(config, self.dataset, self.run_options, Clock())
-            members = [run.with_config(self._config_of(point, seed)) for point, seed in runs]
-            plan = scheduler.make_plan(
-                run,
-                len(runs),
-                self.form,
-                self.options.devices,
-                self.options.group_size,
-                setup.swept_step_of(base, run.model, run.steps_per_epoch),
-                self.process,
-            )
-            if static:
-                say(f"Program {number + 1} of {len(self.programs)}: {sweep_report.shown(static)}")
-            say(
-                f"{counted(len(runs), 'run')} together, {plan.size} at a time, "
-                f"form {plan.programs.form}, {replica_programs.describe_mesh(plan.programs.mesh)}"
-            )
-            groups = scheduler.Groups(
-                members,
-                plan,
-                workdir / "groups" / f"program-{number}",
-                sweep_report.rows_of,
-                hparams=hparams,
-                names=[f"{sweep_report.shown(point)}, seed {seed}" for point, seed in runs],
-            )
-            done = groups.train(stop, say)
-            results = [row for part in done for row in part["result"]]
-            rows += [
-                {"point": place, **self.points[place], "seed": seed, **row}
-                for (place, seed), row in zip(
-                    ((i, seed) for i in places for seed in self.config.seeds), results, strict=True
-                )
-            ]
-            for phase, value in replica_results.all_seconds(run, done).items():
-                seconds[phase] = seconds.get(phase, 0.0) + value
-        return sorted(rows, key=lambda row: row["point"]), seconds
-
-    def _config_of(self, point: Mapping, seed: int):
-        recipe = self.config.recipe.replace(**point, log_every=0)
-        return dataclasses.replace(self.config, recipe=recipe, seed=seed, seeds=(), axes=None)
 
 
 if __name__ == "__main__":

@@ -5,58 +5,9 @@ from __future__ import annotations
 import csv
 import functools
 import io
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-FIGURES = ("test_accuracy", "test_loss", "validation_accuracy", "validation_loss", "best_epoch")
-
-
-def shown(point: Mapping) -> str:
-    return ", ".join(
-        f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
-        for name, value in point.items()
-    )
-
-
-def rows_of(trained) -> list[dict]:
-    """Tests a trained group; returns what is found of each run, None where it diverged."""
-    from cifar_jax.replicas.results import test_group
-    from cifar_jax.reporting import console
-
-    sums, _, lost = test_group(trained)
-    rows = []
-    for i, best in enumerate(trained.at.best_rows):
-        tested = console.rates({name: sums[name][i] for name in ("loss", "correct", "count")})
-        last = [row for row in trained.rows[i] if row["kind"] == "epoch"][-1:]
-        shown = best if trained.group.recipe.select_best else (last[0] if last else None)
-        shown = shown or {}
-        found = {
-            "test_accuracy": tested["accuracy"],
-            "test_loss": tested["loss"],
-            "validation_accuracy": shown.get("validation_accuracy"),
-            "validation_loss": shown.get("validation_loss"),
-            "best_epoch": best["epoch"] if best else None,
-        }
-        row = dict.fromkeys(FIGURES) if i in lost else found
-        rows.append({**row, "diverged_at_step": lost.get(i)})
-    return rows
-
-
-def by_point(points: Sequence[Mapping], rows: Sequence[Mapping]) -> list[dict]:
-    """Returns, of every point, its values, how many of its runs diverged, and the spread of what
-    the others found (None where all diverged)."""
-    from cifar_jax.replicas.statistics import spread
-
-    found = []
-    for place, point in enumerate(points):
-        mine = [row for row in rows if row["point"] == place]
-        good = [row for row in mine if row["diverged_at_step"] is None]
-        summary = {"values": dict(point), "runs": len(mine), "diverged": len(mine) - len(good)}
-        for name in FIGURES[:4]:
-            values = [row[name] for row in good if row[name] is not None]
-            summary[name] = spread(values) if values else None
-        found.append(summary)
-    return found
+from cifar_jax.replicas.sweep import by_point, shown
 
 
 def report(config, varied, points, rows, seconds, workdir: Path, say) -> dict:

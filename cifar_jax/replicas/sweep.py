@@ -8,6 +8,7 @@ import itertools
 import math
 import typing
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -176,3 +177,133 @@ def base_of(recipe: Recipe, points: Sequence[Mapping]) -> tuple[Recipe, dict[str
             values = [value or math.inf for value in values]
         hparams[name] = np.array(values, np.float32)
     return recipe.replace(**changes), hparams
+
+
+FIGURES = ("test_accuracy", "test_loss", "validation_accuracy", "validation_loss", "best_epoch")
+
+
+def shown(point: Mapping) -> str:
+    return ", ".join(
+        f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
+        for name, value in point.items()
+    )
+
+
+def rows_of(trained) -> list[dict]:
+    """Tests a trained group; returns what is found of each run, None where it diverged."""
+    from cifar_jax.replicas.results import test_group
+    from cifar_jax.reporting import console
+
+    sums, _, lost = test_group(trained)
+    rows = []
+    for i, best in enumerate(trained.at.best_rows):
+        tested = console.rates({name: sums[name][i] for name in ("loss", "correct", "count")})
+        last = [row for row in trained.rows[i] if row["kind"] == "epoch"][-1:]
+        shown = best if trained.group.recipe.select_best else (last[0] if last else None)
+        shown = shown or {}
+        found = {
+            "test_accuracy": tested["accuracy"],
+            "test_loss": tested["loss"],
+            "validation_accuracy": shown.get("validation_accuracy"),
+            "validation_loss": shown.get("validation_loss"),
+            "best_epoch": best["epoch"] if best else None,
+        }
+        row = dict.fromkeys(FIGURES) if i in lost else found
+        rows.append({**row, "diverged_at_step": lost.get(i)})
+    return rows
+
+
+def by_point(points: Sequence[Mapping], rows: Sequence[Mapping]) -> list[dict]:
+    """Returns, of every point, its values, how many of its runs diverged, and the spread of what
+    the others found (None where all diverged)."""
+    from cifar_jax.replicas.statistics import spread
+
+    found = []
+    for place, point in enumerate(points):
+        mine = [row for row in rows if row["point"] == place]
+        good = [row for row in mine if row["diverged_at_step"] is None]
+        summary = {"values": dict(point), "runs": len(mine), "diverged": len(mine) - len(good)}
+        for name in FIGURES[:4]:
+            values = [row[name] for row in good if row[name] is not None]
+            summary[name] = spread(values) if values else None
+        found.append(summary)
+    return found
+
+
+class Sweep:
+    """All programs of a sweep, one after another."""
+
+    def __init__(
+        self, config, dataset, varied: Sequence[Axis], points: Sequence[dict], options, process
+    ):
+        from cifar_jax.replicas import programs as replica_programs
+        from cifar_jax.training.setup import Options
+
+        self.config, self.dataset, self.points, self.options = config, dataset, points, options
+        self.process = process
+        self.programs = programs_of(points, varied)
+        self.form = replica_programs.choose_form(options.replica_form)
+        lowering = replica_programs.choose_lowering(self.form, options.conv)
+        self.run_options = Options(lowering=lowering, save_minutes=options.save_minutes)
+        self.count = len(points) * len(config.seeds)
+
+    def train(self, workdir: Path, stop, say) -> tuple[list[dict], dict]:
+        """Trains what is missing; returns a row for each run, and {phase: seconds}."""
+        from cifar_jax.replicas import programs as replica_programs
+        from cifar_jax.replicas import results as replica_results
+        from cifar_jax.replicas import scheduler
+        from cifar_jax.reporting.console import counted
+        from cifar_jax.runtime.timing import Clock
+        from cifar_jax.training import setup
+        from cifar_jax.training.setup import make_run
+
+        rows, seconds = [], {}
+        runs, points = counted(self.count, "run"), counted(len(self.points), "point")
+        what = f"{points}, {counted(len(self.config.seeds), 'seed')} each"
+        programs = counted(len(self.programs), "program")
+        say(f"Sweep      {runs}: {what}, in {programs}; {workdir}")
+        for number, (static, places) in enumerate(self.programs):
+            runs = [(self.points[i], seed) for i in places for seed in self.config.seeds]
+            fixed = self.config.recipe.replace(**static)
+            base, hparams = base_of(fixed, [point for point, _ in runs])
+            config = dataclasses.replace(self.config, recipe=base, axes=None)
+            run = make_run(config, self.dataset, self.run_options, Clock())
+            members = [run.with_config(self._config_of(point, seed)) for point, seed in runs]
+            plan = scheduler.make_plan(
+                run,
+                len(runs),
+                self.form,
+                self.options.devices,
+                self.options.group_size,
+                setup.swept_step_of(base, run.model, run.steps_per_epoch),
+                self.process,
+            )
+            if static:
+                say(f"Program {number + 1} of {len(self.programs)}: {shown(static)}")
+            say(
+                f"{counted(len(runs), 'run')} together, {plan.size} at a time, "
+                f"form {plan.programs.form}, {replica_programs.describe_mesh(plan.programs.mesh)}"
+            )
+            groups = scheduler.Groups(
+                members,
+                plan,
+                workdir / "groups" / f"program-{number}",
+                rows_of,
+                hparams=hparams,
+                names=[f"{shown(point)}, seed {seed}" for point, seed in runs],
+            )
+            done = groups.train(stop, say)
+            results = [row for part in done for row in part["result"]]
+            rows += [
+                {"point": place, **self.points[place], "seed": seed, **row}
+                for (place, seed), row in zip(
+                    ((i, seed) for i in places for seed in self.config.seeds), results, strict=True
+                )
+            ]
+            for phase, value in replica_results.all_seconds(run, done).items():
+                seconds[phase] = seconds.get(phase, 0.0) + value
+        return sorted(rows, key=lambda row: row["point"]), seconds
+
+    def _config_of(self, point: Mapping, seed: int):
+        recipe = self.config.recipe.replace(**point, log_every=0)
+        return dataclasses.replace(self.config, recipe=recipe, seed=seed, seeds=(), axes=None)
