@@ -1,0 +1,62 @@
+"""Imports point one way: a room takes from those before it in the README's line, never back."""
+
+import ast
+import pathlib
+
+import pytest
+
+import cifar_jax
+
+PACKAGE = pathlib.Path(cifar_jax.__file__).parent
+ORDER = (
+    *("runtime", "recipes", "datasets", "ops", "models", "augment", "optimizers", "steps"),
+    *("input_pipeline", "parallel", "checkpoints", "reporting", "training", "weights", "replicas"),
+    "commands",
+)
+COMMANDS = ("_cli", "train", "evaluate", "predict", "convert", "export", "datasets.__main__")
+# Imports that run back up, "module -> module", and are still to be turned round.
+UP = {
+    "datasets.decoded -> reporting.console",
+    "parallel.agreement -> checkpoints.leaves",
+    "training.runs -> replicas.programs",
+}
+
+
+def room(module):
+    """The place in `ORDER` of a module, named without the package."""
+    return ORDER.index("commands" if module in COMMANDS else module.split(".")[0])
+
+
+def imported(tree):
+    """The package's modules that a file imports, inside functions too."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports name the package"
+            for alias in node.names:
+                path = PACKAGE.parent.joinpath(*node.module.split("."), alias.name)
+                is_module = path.is_dir() or path.with_suffix(".py").exists()
+                yield f"{node.module}.{alias.name}" if is_module else node.module
+
+
+FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
+
+
+@pytest.mark.parametrize("path", FILES, ids=[str(path.relative_to(PACKAGE)) for path in FILES])
+def test_a_file_imports_from_its_room_and_those_before_it(path):
+    name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
+    used = [
+        m.partition(".")[2] for m in imported(ast.parse(path.read_text())) if m[:9] == "cifar_jax"
+    ]
+    back = {f"{name} -> {module}" for module in used if module and room(module) > room(name)}
+    assert back <= UP, "move the function down, or hand it in as an argument"
+
+
+def test_what_still_runs_back_up_is_no_longer_than_it_must_be():
+    """An entry that has been turned round leaves the list."""
+    found = set()
+    for path in FILES:
+        name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
+        found |= {f"{name} -> {m.partition('.')[2]}" for m in imported(ast.parse(path.read_text()))}
+    assert found >= UP
