@@ -237,7 +237,7 @@ class Dropout(nn.Module):
 # of a multiply-xorshift finaliser ("lowbias32" of Wellons' hash prospector, the shape of
 # MurmurHash3's), each keyed by one word of the random key, at about a tenth of the cost of the
 # generators behind `jax.random.bits` on a CPU. Its statistics are tested in
-# `tests/test_layers_dropout.py`; it is no cryptographic generator.
+# `tests/models/test_layers_dropout.py`; it is no cryptographic generator.
 
 # The rng stream of such masks, with one key for all parts of a batch (`layers.Dropout`).
 BY_EXAMPLE = "dropout_by_example"

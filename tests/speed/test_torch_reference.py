@@ -17,7 +17,7 @@ from benchmarks.torch_published import PublishedTrainer  # noqa: E402
 from cifar_jax.recipes import RECIPES  # noqa: E402
 from cifar_jax.runtime.errors import UserError  # noqa: E402
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 PARAMETERS = {
     "tutorial_cnn": 62_006,
     "deep_cnn": 895_120,
