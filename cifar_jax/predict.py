@@ -9,7 +9,7 @@ import glob
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -62,28 +62,41 @@ def _matches(name: str, bad: list[str]) -> list[Path]:
     if path.exists():
         return [path]
     folder = next(parent for parent in path.parents if parent.is_dir())  # [ is itself in its name
-    rest = str(path.relative_to(folder))
-    matches = glob.glob(os.path.join(glob.escape(str(folder)), rest), recursive=True)
-    found: dict[str, Path] = {}
-    for match in sorted(map(Path, matches), key=lambda match: (len(match.parts), match)):
-        if match.is_file():  # links may lead `**` in circles
-            found.setdefault(os.path.join(os.path.realpath(match.parent), match.name), match)
-    if not found:
+    matches = _expand(str(folder), path.relative_to(folder).parts, bad)
+    matches = [Path(match) for match in sorted(set(matches)) if os.path.isfile(match)]
+    if not matches:
         raise UserError(f"no such image: {name}")
-    return sorted(found.values())
+    return matches
+
+
+def _expand(folder: str, parts: Sequence[str], bad: list[str]) -> list[str]:
+    """Returns what the parts of a glob match in a folder. Python's own `**` would follow links in
+    circles."""
+    if "**" not in parts:
+        return glob.glob(os.path.join(glob.escape(folder), *parts))
+    at = parts.index("**")
+    rest = parts[at + 1 :] or ["*"]
+    starts = _expand(folder, parts[:at], bad) if at else [folder]
+    places = [place for start in starts for place, _ in _walk(start, bad)]
+    return [match for place in places for match in _expand(place, rest, bad)]
 
 
 def _images_in(folder: Path, bad: list[str]) -> list[Path]:
-    """Returns the images in a folder; one that links lead to again is searched once."""
     from PIL import Image
 
     # Not every format that Pillow writes (PDF) can it read.
     endings = {end for end, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    found, searched = [], set()
+    paths = [Path(place, name) for place, names in _walk(folder, bad) for name in names]
+    return sorted(path for path in paths if path.suffix.lower() in endings and path.is_file())
+
+
+def _walk(folder: str | Path, bad: list[str]) -> Iterator[tuple[str, list[str]]]:
+    """Yields each folder and its files, but nothing hidden; what links lead to again, once."""
 
     def refused(error: OSError) -> None:
         bad.append(f"cannot look for images in {error.filename}: {error.strerror}")
 
+    searched = set()
     for place, folders, files in os.walk(folder, followlinks=True, onerror=refused):
         real = os.path.realpath(place)
         if real in searched:
@@ -92,9 +105,7 @@ def _images_in(folder: Path, bad: list[str]) -> list[Path]:
         searched.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         folders.sort(key=lambda name: os.path.islink(os.path.join(place, name)))
-        paths = [Path(place, name) for name in files if not name.startswith(".")]
-        found += [path for path in paths if path.suffix.lower() in endings and path.is_file()]
-    return sorted(found)
+        yield place, [name for name in files if not name.startswith(".")]
 
 
 def read_image(path: Path, height: int, width: int) -> np.ndarray:
