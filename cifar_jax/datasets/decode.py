@@ -226,5 +226,6 @@ if __name__ == "__main__":
     try:
         decode_range(json.loads(sys.argv[1]))
     except DecodeError as failure:
+        sys.stdout.reconfigure(errors="backslashreplace")  # it may name any path
         print(failure)
         sys.exit(_FAILED)

@@ -40,7 +40,7 @@ class CorruptCache(Exception):
 
 def cache_roots(directory: Path, cache_dir: str | os.PathLike | None) -> list[Path]:
     """Returns the folders that may hold entries of the set in `directory`, best first."""
-    place = hashlib.sha256(os.path.realpath(directory).encode()).hexdigest()[:8]
+    place = hashlib.sha256(os.fsencode(os.path.realpath(directory))).hexdigest()[:8]
     own = f"{directory.parent.name}-{directory.name}-{place}"
     if cache_dir is not None:
         return [absolute(cache_dir) / own]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import http.client
 import os
+import sys
 import threading
 import time
 import urllib.error
@@ -92,7 +93,7 @@ def _receive(url, response, part, size, progress, limits, remedy):
     failures, reason = 0, "the connection closed early"
     bar = tqdm(
         total=size, initial=_offset(part), unit="B", unit_scale=True, unit_divisor=1024,
-        desc=part.name.removesuffix(".part"), disable=not progress,
+        desc=part.name.removesuffix(".part"), disable=not progress or sys.stderr is None,
     )  # fmt: skip
     with bar:
         while _offset(part) < size:
