@@ -8,15 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cifar_jax.runtime.keys import is_key
+
 _PYTHON = (bool, int, float)  # leaves that come back as Python numbers
 
 Path = tuple[str, ...]  # ("params", "conv1", "kernel")
-
-
-def is_key(leaf: Any) -> bool:
-    """Whether it is an array of typed PRNG keys (or stands for one)."""
-    dtype = getattr(leaf, "dtype", None)
-    return dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
 
 
 def named(tree: Any) -> tuple[dict[Path, Any], Any]:

@@ -51,6 +51,7 @@ from cifar_jax.checkpoints.restoring import (
 )
 from cifar_jax.runtime.errors import UserError, in_command
 from cifar_jax.runtime.files import absolute
+from cifar_jax.runtime.keys import is_key
 
 __all__ = ["Checkpoints", "Restored", "best_step", "latest_step", "locate", "restore", "steps"]
 
@@ -143,7 +144,7 @@ class Checkpoints:
             "keys": {
                 "/".join(p): str(jax.random.key_impl(leaf))
                 for p, leaf in named.items()
-                if leaves.is_key(leaf)
+                if is_key(leaf)
             },
         }
         tree = leaves.nest(

@@ -8,10 +8,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from cifar_jax.checkpoints.leaves import is_key
 from cifar_jax.checkpoints.restoring import Restored
 from cifar_jax.checkpoints.saving import Checkpoints
 from cifar_jax.parallel.agreement import _own, from_leader, is_leader, several, share
+from cifar_jax.runtime.keys import is_key
 
 
 def open_checkpoints(directory: Path):
