@@ -124,11 +124,3 @@ def share(tree: Any) -> Any:
     leaves, treedef = jax.tree.flatten(tree)
     got = multihost_utils.broadcast_one_to_all([np.asarray(keys.plain(x)) for x in leaves])
     return jax.tree.unflatten(treedef, map(keys.typed_as, leaves, got))
-
-
-def _own(leaf: Any) -> Any:
-    """What every device holds whole, as an array of this process: one that Orbax will save, which
-    refuses those on the devices of one of several."""
-    if isinstance(leaf, jax.Array):
-        leaf = leaf.addressable_data(0)
-    return leaf if keys.is_key(leaf) else np.asarray(leaf)
