@@ -34,13 +34,12 @@ class Damaged(Exception):
 
 
 class Save(NamedTuple):
-    """A folder with the body of its manifest; with None and what is `wrong` if it has no good one.
-    Files' contents are another matter, for `verify`."""
+    """A folder and the body of its manifest, None if it has no good one. Files' contents are
+    another matter, for `verify`."""
 
     step: int
     folder: Path
     body: dict[str, Any] | None
-    wrong: str = ""
 
 
 def folders(directory: str | os.PathLike) -> list[tuple[int, int, Path]]:
@@ -64,9 +63,14 @@ def scan(directory: str | os.PathLike) -> list[Save]:
         try:
             body = read(folder)
             found.append(Save(body["step"], folder, body))
-        except Damaged as damage:
-            found.append(Save(step, folder, None, str(damage)))
+        except Damaged:
+            found.append(Save(step, folder, None))
     return found
+
+
+def any_committed(directory: str | os.PathLike) -> bool:
+    """Whether a save was ever completed here that is still there, damaged perhaps."""
+    return any((folder / MANIFEST).exists() for _, _, folder in folders(directory))
 
 
 # One folder
@@ -174,8 +178,9 @@ def prune(directory: Path, keep_latest: int, bad: set[Path]) -> None:
             remove(save.folder)
 
 
-def candidates(directory: Path, which: str | int) -> list[Save]:
-    """What to try for `which`, in that order, and among it what might have been it.
+def candidates(directory: Path, which: str | int) -> list[Path]:
+    """The folders to try for `which`, in that order: those without a good manifest as well, which
+    might have been it.
 
     Raises:
       UserError: `which` is not "latest", "best" or a step, or nothing in the directory answers it.
@@ -184,15 +189,15 @@ def candidates(directory: Path, which: str | int) -> list[Save]:
     if not found:
         raise UserError(f"no checkpoint in {directory}")
     if which == "latest":
-        return found
+        return [save.folder for save in found]
     if which == "best":
         best = _best_first(found)
         if not best and any(save.body for save in found):
             raise UserError(f"no checkpoint in {directory} has a metric yet; ask for the latest")
-        return [save for save in found if not save.body] + best
+        return [save.folder for save in found if not save.body] + [save.folder for save in best]
     if isinstance(which, bool) or not isinstance(which, int):
         raise UserError(f"checkpoint {which!r}: give latest, best or a step")
-    chosen = [save for save in found if save.step == which]
+    chosen = [save.folder for save in found if save.step == which]
     if not chosen:
         have = ", ".join(map(str, steps(directory))) or "none"
         raise UserError(f"no checkpoint of step {which} in {directory}; complete: {have}")

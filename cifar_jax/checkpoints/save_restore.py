@@ -36,11 +36,13 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from cifar_jax.checkpoints import manifests
 from cifar_jax.checkpoints.manifests import Damaged, best_step, latest_step, steps
+from cifar_jax.parallel import agreement
 from cifar_jax.runtime import keys
 from cifar_jax.runtime.errors import UserError, in_command
 from cifar_jax.runtime.files import absolute
 
 _PYTHON = (bool, int, float)  # leaves that come back as Python numbers
+_Path = tuple[str, ...]  # of a leaf: ("params", "conv1", "kernel")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +64,9 @@ class Checkpoints:
     """Writes a run's checkpoints, and keeps the newest `keep_latest` and the best.
 
     A context manager; leaving it waits for the save under way, and so does every method that
-    reads. One process at a time may write to a directory.
+    reads. One process at a time may write to a directory. Of the processes of a run, whose state is
+    the same, the leader saves its own copy, and on restoring sends it to the others; `restore` and
+    `committed` must be called by all.
 
     Raises:
       UserError: the directory cannot be made or written to.
@@ -73,6 +77,11 @@ class Checkpoints:
             raise UserError(f"keep_latest is {keep_latest}; at least one checkpoint must be kept")
         self.directory = absolute(directory)  # Orbax takes absolute paths only
         self.keep_latest = keep_latest
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
+        self._pending: concurrent.futures.Future | None = None
+        self._bad: set[Path] = set()  # found damaged, or of failed saves
+        if not agreement.is_leader():
+            return
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -80,9 +89,6 @@ class Checkpoints:
             raise UserError(f"cannot make directory {self.directory}: {reason}") from error
         if not os.access(self.directory, os.W_OK | os.X_OK):
             raise UserError(f"cannot write to directory {self.directory}: Permission denied")
-        self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
-        self._pending: concurrent.futures.Future | None = None
-        self._bad: set[Path] = set()  # found damaged, or of failed saves
 
     def save(
         self,
@@ -106,6 +112,8 @@ class Checkpoints:
           UserError: this save, or the one before, could not be written (full disk, permissions).
             Earlier checkpoints are intact, and saving again is allowed.
         """
+        if not agreement.is_leader():
+            return
         self.wait()
         named, _ = _named(state)
         key_leaves = {path: leaf for path, leaf in named.items() if keys.is_key(leaf)}
@@ -116,7 +124,8 @@ class Checkpoints:
             "leaves": {"/".join(path): _spec(leaf) for path, leaf in named.items()},
             "keys": {"/".join(path): str(jax.random.key_impl(k)) for path, k in key_leaves.items()},
         }
-        arrays = {path: _storable(leaf) for path, leaf in named.items() if not _is_empty(leaf)}
+        arrays = {path: _storable(leaf) for path, leaf in named.items()}
+        arrays = {path: a for path, a in arrays.items() if a.size}  # Orbax refuses empty ones
         jax.block_until_ready(arrays)  # a failed computation is no failed save
         folder = self._new_folder(int(step))
         with self._reporting(step, folder), contextlib.ExitStack() as stack:
@@ -172,29 +181,23 @@ class Checkpoints:
             if error is not None:
                 raise error
 
-    def close(self) -> None:
-        """Waits, then frees the background thread. Raises what `wait` raises."""
-        try:
-            self.wait()
-        finally:
-            self._thread.shutdown()
-
     def __enter__(self) -> Checkpoints:
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         try:
-            self.close()
+            self.wait()
         except UserError as failed_save:
             if error is None:
                 raise
             error.add_note(str(failed_save))  # the error under way is the one to see
+        finally:
+            self._thread.shutdown()
 
     def committed(self) -> bool:
         """Whether a save was ever completed here that is still there, damaged perhaps."""
         self.wait()
-        found = manifests.folders(self.directory)
-        return any((folder / manifests.MANIFEST).exists() for _, _, folder in found)
+        return agreement.by_leader(lambda: manifests.any_committed(self.directory))
 
     def steps(self) -> list[int]:
         """See `manifests.steps`."""
@@ -214,11 +217,24 @@ class Checkpoints:
     def restore(self, abstract_state: Any, *, which: str | int = "latest") -> Restored:
         """See `restore`. What it finds damaged is deleted once the next save is committed."""
         self.wait()
-        return _restore(self.directory, abstract_state, which, self._bad)
+        if not agreement.several():
+            return restore(self.directory, abstract_state, which=which, damaged=self._bad)
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), abstract_state)
+        if agreement.is_leader():
+            found = restore(self.directory, shapes, which=which, damaged=self._bad)
+        else:
+            found = Restored(0, jax.tree.map(_to_fill, shapes), {}, None, [])
+        about = [found.step, found.extra, found.metric, found.skipped]
+        step, extra, metric, skipped = agreement.from_leader(about)
+        return Restored(step, agreement.share(found.state), extra, metric, skipped)
 
 
 def restore(
-    directory: str | os.PathLike, abstract_state: Any, *, which: str | int = "latest"
+    directory: str | os.PathLike,
+    abstract_state: Any,
+    *,
+    which: str | int = "latest",
+    damaged: set[Path] | None = None,
 ) -> Restored:
     """Reads a checkpoint; writes nothing.
 
@@ -229,42 +245,41 @@ def restore(
         or uncommitted where there is none; NumPy arrays and Python scalars come back as such.
       which: "latest", "best" (lowest metric) or a step. The first two pass over damaged
         checkpoints, to the next newest or next best.
+      damaged: gets the folders that were passed over.
 
     Raises:
       UserError: no checkpoint, none intact (each with what is wrong), none with a metric for
         "best", or one of another structure, shape or dtype.
     """
-    return _restore(absolute(directory), abstract_state, which, set())
-
-
-def _restore(directory: Path, abstract_state: Any, which: str | int, bad: set[Path]) -> Restored:
-    """`restore`, which adds to `bad` the folders it found damaged."""
+    directory = absolute(directory)
     wanted, treedef = _named(abstract_state)
-    passed = []
-    for _, folder, body, wrong in manifests.candidates(directory, which):
+    passed = {}
+    for folder in manifests.candidates(directory, which):
         try:
-            if body is None:
-                raise Damaged(wrong)
+            body = manifests.read(folder)
             places = {path: _place(path, body["leaves"]) for path in wanted}
             _check_fit(directory, body, {places[path]: wanted[path] for path in wanted})
             manifests.verify(folder, body)
             values = _read(folder, {places[path]: wanted[path] for path in wanted})
+            # One array restored as two leaves must not be shared: a state is donated.
+            values |= {path: values[p].copy() for path, p in places.items() if p != path}
         except Damaged as damage:
-            passed.append(f"{folder.name}: {damage}")
-            bad.add(folder)
+            passed[folder] = f"{folder.name}: {damage}"
             continue
         state = [
-            _as_wanted(leaf, values[places[path]], body["keys"].get("/".join(path)))
+            _as_wanted(leaf, values[path], body["keys"].get("/".join(path)))
             for path, leaf in wanted.items()
         ]
+        if damaged is not None:
+            damaged.update(passed)
         return Restored(
             body["step"],
             jax.tree_util.tree_unflatten(treedef, state),
             body["extra"],
             body["metric"],
-            [f"checkpoint {line}" for line in passed],
+            [f"checkpoint {line}" for line in passed.values()],
         )
-    raise UserError(f"no usable checkpoint in {directory}: {'; '.join(passed)}")
+    raise UserError(f"no usable checkpoint in {directory}: {'; '.join(passed.values())}")
 
 
 def _check_fit(directory: Path, body: dict[str, Any], wanted: dict[_Path, Any]) -> None:
@@ -285,8 +300,6 @@ def _check_fit(directory: Path, body: dict[str, Any], wanted: dict[_Path, Any]) 
 
 
 # Leaves by name: what is stored of each, and how it comes back.
-
-_Path = tuple[str, ...]  # ("params", "conv1", "kernel")
 
 
 def _named(tree: Any) -> tuple[dict[_Path, Any], Any]:
@@ -316,11 +329,6 @@ def _spec(leaf: Any) -> str:
     return f"{leaf.dtype}{list(leaf.shape)}"
 
 
-def _is_empty(leaf: Any) -> bool:
-    """Whether it has no elements; Orbax refuses such arrays, so they are only in the manifest."""
-    return 0 in getattr(leaf, "shape", ())
-
-
 def _storable(leaf: Any) -> Any:
     """What Orbax is given: an array of plain numbers."""
     if isinstance(leaf, jax.Array) and leaf.is_fully_replicated:
@@ -338,6 +346,11 @@ def _blank(leaf: Any) -> np.ndarray:
     elif type(leaf) in _PYTHON:
         leaf = np.asarray(leaf)
     return np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape)
+
+
+def _to_fill(shape: jax.ShapeDtypeStruct) -> Any:
+    """An array, or keys, of that shape for `agreement.share` to fill."""
+    return jax.random.key(0) if keys.is_key(shape) else np.zeros(shape.shape, shape.dtype)
 
 
 def _read(folder: Path, wanted: dict[_Path, Any]) -> dict[_Path, np.ndarray]:
@@ -363,8 +376,7 @@ def _as_wanted(wanted: Any, value: np.ndarray, key_impl: str | None) -> Any:
         value = jax.random.wrap_key_data(value, impl=key_impl)
     # Uncommitted, like a fresh state, where no device is named: jit may move it anywhere.
     named = wanted.committed if isinstance(wanted, jax.Array) else True
-    # One value may be restored as two leaves, which are both donated.
-    return jax.device_put(value, wanted.sharding if named else None, may_alias=False)
+    return jax.device_put(value, wanted.sharding if named else None)
 
 
 # Orbax
