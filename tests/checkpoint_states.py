@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from cifar_jax.checkpoints.saving import Checkpoints
+from cifar_jax.checkpoints.save_restore import Checkpoints
 
 
 def make_state(step):

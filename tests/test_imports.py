@@ -103,7 +103,7 @@ import jax.numpy as jnp
 import orbax.checkpoint
 before = state()
 from cifar_jax.runtime import compilation_cache
-from cifar_jax.checkpoints.saving import Checkpoints
+from cifar_jax.checkpoints.save_restore import Checkpoints
 compilation_cache.enable()
 with Checkpoints(sys.argv[1]) as checkpoints:
     checkpoints.save(1, {"w": jnp.float32(1)}, block=True)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from cifar_jax import train
-from cifar_jax.checkpoints import restoring
+from cifar_jax.checkpoints import save_restore
 from cifar_jax.models import MODELS, make_model
 from cifar_jax.models.layers import ConvRelu, Dense, Dropout, Flatten
 from cifar_jax.reporting.metrics_log import read_metrics
@@ -129,7 +129,7 @@ def states_of(workdir: Path) -> dict[str, np.ndarray]:
     abstract = evaluation.abstract_payload(config, model)
     found = {}
     for which in ("latest", "best"):
-        restored = restoring.restore(workdir / "checkpoints", abstract, which=which)
+        restored = save_restore.restore(workdir / "checkpoints", abstract, which=which)
         position = [restored.extra["epoch"], restored.extra["step"], restored.metric]
         found[which] = np.array([restored.step, *position], float)
         for path, leaf in jax.tree_util.tree_leaves_with_path(restored.state):

@@ -1,7 +1,14 @@
-"""The folders of a checkpoints directory and their manifests: what is complete, intact, best.
+"""What is on disk: a checkpoints directory, its folders, manifests and digests.
 
-Standard library only, so that asking a directory for its newest step costs milliseconds. The layout
-is described in `cifar_jax/checkpoints/saving.py`.
+One folder is one save of a step (`<step>`, or `<step>.<n>` when a step was saved again):
+
+    1200/state/           the arrays, an ordinary Orbax (OCDBT) PyTree checkpoint
+    1200/checkpoint.json  the manifest: step, metric, `extra`, every leaf's dtype and shape, and the
+                          size and CRC-32 of every file under state/; itself under a CRC-32
+
+The manifest is renamed into place last and unlinked first, so a folder with one is complete and a
+folder without one is nothing. Standard library only, so that asking for the newest step costs
+milliseconds.
 """
 
 from __future__ import annotations
@@ -13,7 +20,7 @@ import re
 import shutil
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from cifar_jax.runtime.errors import UserError
 from cifar_jax.runtime.files import absolute, replacing
@@ -21,12 +28,18 @@ from cifar_jax.runtime.files import absolute, replacing
 MANIFEST = "checkpoint.json"
 _FOLDER = re.compile(r"(\d+)(?:\.(\d+))?")
 
-Entry = tuple[Path, dict[str, Any]]  # a folder and the body of its manifest
-Broken = tuple[int, Path, str]  # step, folder, what is wrong
-
 
 class Damaged(Exception):
     """This checkpoint cannot be used; the message says why in a few words."""
+
+
+class Save(NamedTuple):
+    """A folder and the body of its manifest, None if it has no good one. Files' contents are
+    another matter, for `verify`."""
+
+    step: int
+    folder: Path
+    body: dict[str, Any] | None
 
 
 def folders(directory: str | os.PathLike) -> list[tuple[int, int, Path]]:
@@ -43,8 +56,37 @@ def folders(directory: str | os.PathLike) -> list[tuple[int, int, Path]]:
     )
 
 
+def scan(directory: str | os.PathLike) -> list[Save]:
+    """Every save, newest first."""
+    found = []
+    for step, _, folder in folders(directory):
+        try:
+            body = read(folder)
+            found.append(Save(body["step"], folder, body))
+        except Damaged:
+            found.append(Save(step, folder, None))
+    return found
+
+
+def any_committed(directory: str | os.PathLike) -> bool:
+    """Whether a save was ever completed here that is still there, damaged perhaps."""
+    return any((folder / MANIFEST).exists() for _, _, folder in folders(directory))
+
+
+# One folder
+
+
 def _checksum(body: dict[str, Any]) -> int:
     return zlib.crc32(json.dumps(body, sort_keys=True).encode())
+
+
+def _file_digest(path: Path) -> list[int]:
+    """[size in bytes, CRC-32] of a file's content."""
+    size, crc = 0, 0
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            size, crc = size + len(block), zlib.crc32(block, crc)
+    return [size, crc]
 
 
 def write(folder: Path, body: dict[str, Any]) -> None:
@@ -75,18 +117,9 @@ def read(folder: Path) -> dict[str, Any]:
     return body
 
 
-def _file_digest(path: Path) -> list[int]:
-    """[size in bytes, CRC-32] of a file's content."""
-    size, crc = 0, 0
-    with open(path, "rb") as file:
-        while block := file.read(1 << 22):
-            size, crc = size + len(block), zlib.crc32(block, crc)
-    return [size, crc]
-
-
-def verify(folder: Path, manifest: dict[str, Any]) -> None:
+def verify(folder: Path, body: dict[str, Any]) -> None:
     """Reads every file of a checkpoint; raises `Damaged` where one is not as it was written."""
-    for name, expected in manifest["files"].items():
+    for name, expected in body["files"].items():
         try:
             found = _file_digest(folder / name)
         except FileNotFoundError:
@@ -99,50 +132,21 @@ def verify(folder: Path, manifest: dict[str, Any]) -> None:
             raise Damaged(f"{name} is damaged (checksum mismatch)")
 
 
-def scan(directory: str | os.PathLike) -> tuple[list[Entry], list[Broken]]:
-    """Complete checkpoints and the others, newest first; of a step saved again, each save."""
-    complete: list[Entry] = []
-    broken: list[Broken] = []
-    for step, _, folder in folders(directory):
-        try:
-            complete.append((folder, read(folder)))
-        except Damaged as damage:
-            broken.append((step, folder, str(damage)))
-    return complete, broken
+def remove(folder: Path) -> None:
+    """Deletes a checkpoint so that a kill half-way leaves no manifest over missing files."""
+    try:
+        (folder / MANIFEST).unlink(missing_ok=True)
+    except OSError:
+        return  # not ours to delete: then it stays whole
+    shutil.rmtree(folder, ignore_errors=True)
 
 
-def _rank(manifest: dict[str, Any]) -> tuple[float, int] | None:
-    """The lowest is best: by metric, then the earlier step; None without a finite metric."""
-    metric = manifest["metric"]
-    return None if metric is None or not math.isfinite(metric) else (metric, manifest["step"])
-
-
-def best_first(complete: list[Entry]) -> list[Entry]:
-    """Those with a finite metric, the best in front."""
-    # Sorting is stable and `complete` is newest first: of one step saved twice, the later leads.
-    return sorted((c for c in complete if _rank(c[1])), key=lambda c: _rank(c[1]))
-
-
-def check_fit(directory: Path, manifest: dict[str, Any], here: dict[str, str]) -> None:
-    """Raises UserError, listing what differs, unless the saved leaves are those wanted `here`."""
-    saved = manifest["leaves"]
-    lines = [
-        f"{name} is {saved.get(name, 'absent')} there and {here.get(name, 'absent')} here"
-        for name in sorted(saved.keys() | here.keys())
-        if saved.get(name) != here.get(name)
-    ]
-    if lines:
-        more = f"; and {len(lines) - 4} more" if len(lines) > 4 else ""
-        raise UserError(
-            f"checkpoint {manifest['step']} in {directory} is of another model or optimizer: "
-            f"{len(lines)} of {len(saved.keys() | here.keys())} entries differ: "
-            f"{'; '.join(lines[:4])}{more}"
-        )
+# Which are there, which are kept, which to read
 
 
 def steps(directory: str | os.PathLike) -> list[int]:
     """The steps of the complete checkpoints, ascending. Files' contents are not verified here."""
-    return sorted({manifest["step"] for _, manifest in scan(directory)[0]})
+    return sorted({save.step for save in scan(directory) if save.body})
 
 
 def latest_step(directory: str | os.PathLike) -> int | None:
@@ -152,33 +156,52 @@ def latest_step(directory: str | os.PathLike) -> int | None:
 
 def best_step(directory: str | os.PathLike) -> int | None:
     """The step of the lowest finite metric (the earliest of equals), or None."""
-    best = best_first(scan(directory)[0])
-    return best[0][1]["step"] if best else None
+    return next((save.step for save in _best_first(scan(directory))), None)
 
 
-def candidates(directory: Path, which: str | int) -> tuple[list[Entry], list[Broken]]:
-    """Complete checkpoints to try for `which`, in order, and the broken ones that might have been.
+def _best_first(found: list[Save]) -> list[Save]:
+    """Those with a finite metric, the lowest in front, of equals the earliest step."""
+    measured = [s for s in found if s.body and s.body["metric"] is not None]
+    finite = [s for s in measured if math.isfinite(s.body["metric"])]
+    # Of a step saved twice the later leads: sorting is stable.
+    return sorted(finite, key=lambda s: (s.body["metric"], s.step))
+
+
+def prune(directory: Path, keep_latest: int, bad: set[Path]) -> None:
+    """Keeps the newest `keep_latest` steps and the best; `bad` folders count as neither."""
+    found = scan(directory)
+    usable = [save for save in found if save.body and save.folder not in bad]
+    newest = list({save.step: save.folder for save in reversed(usable)}.values())
+    keep = {*newest[-keep_latest:], *(save.folder for save in _best_first(usable)[:1])}
+    for save in found:
+        if save.folder not in keep:
+            remove(save.folder)
+
+
+def candidates(directory: Path, which: str | int) -> list[Path]:
+    """The folders to try for `which`, in that order: those without a good manifest as well, which
+    might have been it.
 
     Raises:
       UserError: `which` is not "latest", "best" or a step, or nothing in the directory answers it.
     """
-    complete, broken = scan(directory)
-    if not complete and not broken:
+    found = scan(directory)
+    if not found:
         raise UserError(f"no checkpoint in {directory}")
     if which == "latest":
-        return complete, broken
+        return [save.folder for save in found]
     if which == "best":
-        if complete and not best_first(complete):
+        best = _best_first(found)
+        if not best and any(save.body for save in found):
             raise UserError(f"no checkpoint in {directory} has a metric yet; ask for the latest")
-        return best_first(complete), broken
+        return [save.folder for save in found if not save.body] + [save.folder for save in best]
     if isinstance(which, bool) or not isinstance(which, int):
         raise UserError(f"checkpoint {which!r}: give latest, best or a step")
-    chosen = [entry for entry in complete if entry[1]["step"] == which]
-    broken = [entry for entry in broken if entry[0] == which]
-    if not chosen and not broken:
+    chosen = [save.folder for save in found if save.step == which]
+    if not chosen:
         have = ", ".join(map(str, steps(directory))) or "none"
         raise UserError(f"no checkpoint of step {which} in {directory}; complete: {have}")
-    return chosen, broken
+    return chosen
 
 
 def locate(path: str | os.PathLike, which: str | int = "latest") -> tuple[Path, str | int]:
@@ -191,10 +214,9 @@ def locate(path: str | os.PathLike, which: str | int = "latest") -> tuple[Path, 
       UserError: there is no such path, or no checkpoint in it.
     """
     path = absolute(path)
-    if not path.exists():
-        raise UserError(f"{path} does not exist; give a run directory or a checkpoint in one")
     if not path.is_dir():
-        raise UserError(f"{path} is a file; give a run directory or a checkpoint in one")
+        wrong = "is a file" if path.exists() else "does not exist"
+        raise UserError(f"{path} {wrong}; give a run directory or a checkpoint in one")
     match = _FOLDER.fullmatch(path.name)
     if match and ((path / MANIFEST).exists() or (path / "state").is_dir()):
         return path.parent, int(match[1])
@@ -205,26 +227,3 @@ def locate(path: str | os.PathLike, which: str | int = "latest") -> tuple[Path, 
     if members:
         raise UserError(f"{path} holds {len(members)} runs; name one, as {path / members[0]}")
     raise UserError(f"no checkpoint in {path}; give a run directory, or train one first")
-
-
-def remove(folder: Path) -> None:
-    """Deletes a checkpoint so that a kill half-way leaves no manifest over missing files."""
-    try:
-        (folder / MANIFEST).unlink(missing_ok=True)
-    except OSError:
-        return  # not ours to delete: then it stays whole
-    shutil.rmtree(folder, ignore_errors=True)
-
-
-def prune(directory: Path, keep_latest: int, damaged: set[Path]) -> None:
-    """Keeps the newest `keep_latest` steps and the best; `damaged` folders count as neither."""
-    complete, broken = scan(directory)
-    usable = [entry for entry in complete if entry[0] not in damaged]
-    newest: dict[int, Path] = {}
-    for folder, manifest in usable:
-        newest.setdefault(manifest["step"], folder)
-    keep = set(list(newest.values())[:keep_latest])
-    keep.update(folder for folder, _ in best_first(usable)[:1])
-    for folder in [folder for folder, _ in complete] + [folder for _, folder, _ in broken]:
-        if folder not in keep:
-            remove(folder)

@@ -26,9 +26,9 @@ import numpy as np
 
 from cifar_jax.datasets import decode
 from cifar_jax.datasets.locate import PreparedSet, writable
-from cifar_jax.reporting.console import Progress, is_terminal
 from cifar_jax.runtime.errors import UserError, notice
 from cifar_jax.runtime.files import absolute, lock, make_folder, user_cache
+from cifar_jax.runtime.progress import Progress, is_terminal
 
 FORMAT = 1  # part of the key: change it when decoding or the files' layout changes
 _ARRAYS = ("images", "labels", "order")

@@ -17,6 +17,7 @@ from jax import lax
 
 from cifar_jax.ops import convolution, layout
 from cifar_jax.ops.layout import Blocked
+from cifar_jax.runtime import keys
 
 
 def torch_uniform(fan_in: int):
@@ -261,8 +262,7 @@ def random_words(
       key: typed PRNG key (`threefry2x32` or `rbg`) or its raw uint32 words, 2 or 4.
       shape: (N, D); N * D of the global batch must stay below 2^32.
     """
-    words = jax.random.key_data(key) if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else key
-    words = words.reshape(-1)
+    words = keys.plain(key).reshape(-1)
     # Two words of threefry's keys; four of `rbg`'s, the second pair often equal to the first.
     k0, k1 = (words[0], words[1]) if words.size == 2 else words[:2] + words[2:] * jnp.uint32(3)
     rows, columns = shape

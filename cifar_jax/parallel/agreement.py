@@ -14,8 +14,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from cifar_jax.checkpoints.leaves import is_key
 from cifar_jax.parallel.distributed import Ended, exchange
+from cifar_jax.runtime import keys
 from cifar_jax.runtime.environment import environment
 from cifar_jax.runtime.errors import UserError
 
@@ -122,18 +122,5 @@ def share(tree: Any) -> Any:
     from jax.experimental import multihost_utils
 
     leaves, treedef = jax.tree.flatten(tree)
-    plain = [np.asarray(jax.random.key_data(x) if is_key(x) else x) for x in leaves]
-    got = multihost_utils.broadcast_one_to_all(plain)
-    back = [
-        jax.random.wrap_key_data(value, impl=jax.random.key_impl(x)) if is_key(x) else value
-        for value, x in zip(got, leaves, strict=True)
-    ]
-    return jax.tree.unflatten(treedef, back)
-
-
-def _own(leaf: Any) -> Any:
-    """What every device holds whole, as an array of this process: one that Orbax will save, which
-    refuses those on the devices of one of several."""
-    if isinstance(leaf, jax.Array):
-        leaf = leaf.addressable_data(0)
-    return leaf if is_key(leaf) else np.asarray(leaf)
+    got = multihost_utils.broadcast_one_to_all([np.asarray(keys.plain(x)) for x in leaves])
+    return jax.tree.unflatten(treedef, map(keys.typed_as, leaves, got))

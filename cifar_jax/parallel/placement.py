@@ -21,6 +21,7 @@ from jax.sharding import PartitionSpec as P
 
 from cifar_jax import input_pipeline
 from cifar_jax.parallel.hardware import AXIS, everywhere
+from cifar_jax.runtime import keys
 
 SHARE = 0.25
 
@@ -118,9 +119,8 @@ def replicate(tree: Any, mesh: Mesh | None) -> Any:
     def put(x):
         if isinstance(x, jax.Array) and not x.is_fully_addressable:
             return x
-        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-            data, impl = jax.random.key_data(x), jax.random.key_impl(x)
-            return jax.random.wrap_key_data(put(data), impl=impl)
+        if keys.is_key(x):
+            return keys.typed_as(x, put(keys.plain(x)))
         x = np.asarray(x)
         return jax.make_array_from_callback(x.shape, everywhere(mesh), lambda index: x[index])
 

@@ -47,6 +47,9 @@ class Group(Runs):
     def place(self, tree: Any) -> Any:
         return replica_programs.split_evenly(tree, self.mesh)
 
+    def put(self, trees: Sequence) -> Any:
+        return self.place(replica_programs.stack(trees))
+
     def on_host(self, tree: Any) -> Any:
         return jax.tree.map(lambda x: np.array(x)[: len(self.members)], tree)
 
@@ -67,6 +70,12 @@ class Group(Runs):
         changing = (arrays.state, arrays.step_metrics, alive)
         state, step_metrics, _ = self.programs.train(changing, *chunk, self.hparams)
         return Arrays(state, step_metrics, arrays.best)
+
+    def next_epoch(self, arrays: Arrays, improved: np.ndarray) -> Arrays:
+        best = arrays.best
+        if improved.any():
+            best = replica_programs.keep(self.place(improved), arrays.state, best)
+        return Arrays(arrays.state, self.empty_metrics(), best)
 
     def finite(self, arrays: Arrays) -> np.ndarray:
         return self.on_host(replica_programs.all_finite(arrays.state.params))

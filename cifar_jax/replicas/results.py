@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from cifar_jax import input_pipeline, recipes, steps
-from cifar_jax.checkpoints.saving import Checkpoints
+from cifar_jax.checkpoints.save_restore import Checkpoints
 from cifar_jax.parallel import placement, programs
 from cifar_jax.parallel import programs as parallel_programs
 from cifar_jax.replicas import programs as replica_programs

@@ -25,10 +25,11 @@ from cifar_jax.replicas import results, shared_workdir
 from cifar_jax.replicas.group import Group
 from cifar_jax.replicas.results import TrainedGroup, folder_of, write_members
 from cifar_jax.reporting import metrics_log
-from cifar_jax.reporting.console import Progress, counted
+from cifar_jax.reporting.console import counted
 from cifar_jax.runtime import files
 from cifar_jax.runtime.errors import UserError
 from cifar_jax.runtime.files import write_json
+from cifar_jax.runtime.progress import Progress
 from cifar_jax.runtime.timing import Clock
 from cifar_jax.training.checks import check_first_forward
 from cifar_jax.training.loop import Interrupted, Loop

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cifar_jax import input_pipeline, steps
-from cifar_jax.checkpoints import manifests, restoring
+from cifar_jax.checkpoints import manifests, save_restore
 from cifar_jax.datasets import Dataset, Split
 from cifar_jax.models import model_of
 from cifar_jax.parallel import hardware
@@ -77,7 +77,7 @@ def load(path: str | Path, which: str | int | None = None, *, lowering: str = "a
         asked = "best" if manifests.best_step(folder) is not None else "latest"
     model = model_of(recipe, len(config.dataset["class_names"]), lowering)
     abstract = abstract_payload(config, model)
-    found = restoring.restore(folder, abstract, which=asked)
+    found = save_restore.restore(folder, abstract, which=asked)
     state = jax.device_put(found.state["state"])
     return Trained(
         config=config,

@@ -16,12 +16,12 @@ from pathlib import Path
 import numpy as np
 
 from cifar_jax import optimizers, steps
-from cifar_jax.checkpoints import shared
+from cifar_jax.checkpoints.save_restore import Checkpoints
 from cifar_jax.parallel import agreement, programs
 from cifar_jax.reporting import console
-from cifar_jax.reporting.console import Progress
 from cifar_jax.reporting.metrics_log import MetricsLog, TensorBoardLog, read_metrics
 from cifar_jax.runtime.errors import UserError
+from cifar_jax.runtime.progress import Progress
 from cifar_jax.runtime.timing import seconds_since_start
 from cifar_jax.training.runs import Arrays, Chunk, OneRun, Print, Runs
 from cifar_jax.training.setup import Run
@@ -72,7 +72,7 @@ class Loop:
         self.lengths = programs.Chunks(self.steps, seconds=runs.chunk_seconds)
         self.saved_at = time.monotonic()
         self.log = MetricsLog(folder / "metrics.jsonl")
-        self.checkpoints = shared.open_checkpoints(folder / "checkpoints")
+        self.checkpoints = Checkpoints(folder / "checkpoints")
 
     def __enter__(self) -> Loop:
         return self

@@ -15,7 +15,6 @@ from cifar_jax import input_pipeline, steps
 from cifar_jax.input_pipeline import record_source
 from cifar_jax.parallel import agreement, placement, programs
 from cifar_jax.parallel.placement import Examples, Placement
-from cifar_jax.replicas import programs as replica_programs
 from cifar_jax.reporting import console
 from cifar_jax.training import checks, setup
 from cifar_jax.training.setup import Run
@@ -54,6 +53,7 @@ class Runs:
 
     Each of the two has `alone`, `chunk_seconds` (how long a dispatch should take), and
       place(tree): a tree, of a group [R, ...], on the devices; on_host(tree): from there, [R, ...];
+      put(trees): a tree for each member, on the devices;
       abstract_payload(), payload(arrays): what a checkpoint holds, the first as shapes;
       train(arrays, alive, chunk): the arrays after a chunk; the old ones are donated, and a run
         that is not `alive`, bool [R], takes no step;
@@ -71,10 +71,6 @@ class Runs:
         self.run = members[0]
         self.recipe = self.run.config.recipe
         self.validates = len(self.run.validation) > 0
-
-    def put(self, trees: Sequence) -> Any:
-        """Returns a tree for each member on the devices."""
-        return self.place(trees[0] if self.alone else replica_programs.stack(trees))
 
     def empty_metrics(self) -> dict[str, jax.Array]:
         shape = () if self.alone else (len(self.members),)
@@ -155,10 +151,7 @@ class Runs:
     def next_epoch(self, arrays: Arrays, improved: np.ndarray) -> Arrays:
         """Returns the arrays an epoch starts with; of runs that `improved`, bool [R], the state is
         the best so far."""
-        best = arrays.best
-        if improved.any() and not self.alone:
-            best = replica_programs.keep(self.place(improved), arrays.state, best)
-        return Arrays(arrays.state, self.empty_metrics(), best)
+        return Arrays(arrays.state, self.empty_metrics(), arrays.best)
 
 
 class OneRun(Runs):
@@ -176,6 +169,9 @@ class OneRun(Runs):
 
     def place(self, tree: Any) -> Any:
         return placement.replicate(tree, self.mesh)
+
+    def put(self, trees: Sequence) -> Any:
+        return self.place(trees[0])
 
     def on_host(self, tree: Any) -> Any:
         return jax.tree.map(lambda x: np.array(x)[None], tree)

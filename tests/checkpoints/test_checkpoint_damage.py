@@ -17,8 +17,7 @@ import pytest
 from checkpoint_states import assert_same, fill, make_state
 
 from cifar_jax.checkpoints import manifests
-from cifar_jax.checkpoints.restoring import restore
-from cifar_jax.checkpoints.saving import Checkpoints
+from cifar_jax.checkpoints.save_restore import Checkpoints, restore
 from cifar_jax.runtime.errors import UserError
 
 # Damage
@@ -174,7 +173,7 @@ def test_leaving_the_context_reports_too_but_hides_no_other_error(tmp_path, monk
 FULL_DISK = """
 import resource, sys
 import jax.numpy as jnp
-from cifar_jax.checkpoints.saving import Checkpoints
+from cifar_jax.checkpoints.save_restore import Checkpoints
 from cifar_jax.runtime.errors import UserError, run_command
 like = {"w": jnp.zeros(())}
 def main():
@@ -215,9 +214,13 @@ def test_writes_that_fail_in_the_operating_system(tmp_path):
 
 LATE_WRITE = """
 import sys
-from cifar_jax.checkpoints.saving import Checkpoints
+import jax.numpy as jnp
+from cifar_jax.checkpoints.save_restore import Checkpoints
 from cifar_jax.runtime.errors import run_command
-run_command(lambda: Checkpoints(sys.argv[1]).__exit__(None, None, None))
+def main():
+    with Checkpoints(sys.argv[1]) as c:
+        c.save(1, {"w": jnp.zeros(())})
+run_command(main)
 class Late:
     def __del__(self):
         raise self.error
@@ -261,7 +264,7 @@ def test_killed_at_any_moment_the_last_committed_save_is_restored(tmp_path):
     # A server that has imported everything but started no JAX backend forks runs in milliseconds.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
-        ["cifar_jax.checkpoints.saving", "optax", "orbax.checkpoint", "pytest"]
+        ["cifar_jax.checkpoints.save_restore", "optax", "orbax.checkpoint", "pytest"]
     )
     rng = random.Random(0)
     committed = 0

@@ -14,8 +14,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from cifar_jax.checkpoints import manifests
 from cifar_jax.checkpoints.manifests import locate
-from cifar_jax.checkpoints.restoring import restore
-from cifar_jax.checkpoints.saving import Checkpoints
+from cifar_jax.checkpoints.save_restore import Checkpoints, restore
 from cifar_jax.runtime.errors import UserError
 
 
@@ -118,6 +117,7 @@ def test_a_run_moves_to_other_devices(tmp_path, before, after):
         ([3.0, 2.0, 1.0, 2.0, 3.0], 2, [2, 3, 4]),
         ([1.0, 2.0, 3.0, 4.0], 0, [0, 2, 3]),
         ([4.0, 3.0, 2.0], 2, [1, 2]),
+        ([2.0, 0.0, 1.0, 1.0], 1, [1, 2, 3]),
         ([2.0, 1.0, 1.0, 1.0, 1.0], 1, [1, 3, 4]),
         ([float("nan"), 5.0, float("nan"), float("-inf"), float("inf")], 1, [1, 3, 4]),
         ([float("nan"), None, float("nan")], None, [1, 2]),
@@ -258,7 +258,7 @@ def test_locate(tmp_path):
 def test_asking_for_steps_does_not_import_orbax(tmp_path):
     fill(tmp_path, 3)
     code = (
-        "import sys; from cifar_jax.checkpoints.saving import Checkpoints\n"
+        "import sys; from cifar_jax.checkpoints.save_restore import Checkpoints\n"
         "from cifar_jax.checkpoints.manifests import latest_step\n"
         "assert latest_step(sys.argv[1]) == 3 and latest_step(sys.argv[1] + '/none') is None\n"
         "with Checkpoints(sys.argv[1]) as c: assert c.steps() == [3]\n"

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 
 from cifar_jax.reporting import console, metrics_log
-from cifar_jax.reporting.console import Progress
 from cifar_jax.runtime.environment import environment
 from cifar_jax.runtime.errors import UserError
 from cifar_jax.runtime.streams import printable
@@ -121,46 +120,6 @@ def test_names_that_the_terminal_cannot_show_are_escaped():
     stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     assert printable("고 cat", stream) == "\\uace0 cat"
     assert printable("고 cat", io.StringIO()) == "고 cat"
-
-
-class _Terminal(io.StringIO):
-    def isatty(self):
-        return True
-
-
-def test_progress_shows_loss_and_rate_on_a_terminal_only(capsys):
-    for stream in (_Terminal(), io.StringIO()):
-        with Progress(1000, done=200, stream=stream) as progress:
-            progress._bar.refresh()
-            before = stream.getvalue()
-            progress.update(300, epoch=2, loss=1.2345)
-            progress._bar.refresh()
-            progress.print("a line")
-        progress.print("after the end")
-        shown = stream.getvalue()
-        if stream.isatty():
-            assert "compiling ..." in before
-            assert "images/s" not in before
-            assert "epoch 2" in shown
-            assert "loss 1.234" in shown
-            assert "50%" in shown
-            assert "images/s" in shown
-            assert "left" in shown
-        else:
-            assert shown == ""
-        assert capsys.readouterr().out == "a line\nafter the end\n"
-
-
-@pytest.mark.parametrize("stream", ["none", "closed"])
-def test_without_a_stream_nothing_is_printed(monkeypatch, stream):
-    found = _Terminal() if stream == "closed" else None
-    if found:
-        found.close()
-    monkeypatch.setattr(sys, "stderr", found)
-    monkeypatch.setattr(sys, "stdout", None)
-    with Progress(10) as progress:
-        progress.update(5, epoch=1, loss=1.0)
-        progress.print("a line")
 
 
 def test_one_is_no_plural():

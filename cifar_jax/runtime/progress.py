@@ -1,0 +1,90 @@
+"""The progress bar of a long run, and printing beside it."""
+
+from __future__ import annotations
+
+import sys
+from typing import TextIO
+
+from cifar_jax.runtime.streams import printable
+
+_FORMAT = "{desc}{percentage:3.0f}% |{bar}| {rate_fmt}, {remaining} left{postfix}"
+
+
+def is_terminal(stream: TextIO | None) -> bool:
+    """Whether there is such a stream, open, and a terminal."""
+    try:
+        return stream.isatty()
+    except (AttributeError, ValueError):
+        return False
+
+
+class Progress:
+    """A bar over the images of a whole run: loss, images/s and time left; a context manager.
+
+    It is drawn on stderr, and only where that is a terminal; `print` writes to stdout above it.
+
+    Args:
+      total: images the run trains on, all epochs together.
+      done: images trained on before (a resumed run); they do not count in images/s.
+      stream: where the bar goes, stderr by default.
+      shown: False draws nothing at all.
+      doing: what the bar says until it is first moved.
+    """
+
+    def __init__(
+        self,
+        total: int,
+        *,
+        done: int = 0,
+        stream: TextIO | None = None,
+        shown: bool = True,
+        doing: str = "compiling",
+    ):
+        from tqdm import tqdm
+
+        stream = sys.stderr if stream is None else stream
+        self._bar = tqdm(
+            total=total,
+            initial=done,
+            file=stream,
+            disable=not (shown and is_terminal(stream)),
+            unit=" images",
+            unit_scale=True,
+            dynamic_ncols=True,
+            miniters=1,
+            mininterval=0.2,
+            leave=False,
+            desc=f"{doing} ",
+            bar_format="{desc}...",
+        )
+
+    def update(self, images: int, *, epoch: int = 0, loss: float | None = None) -> None:
+        """Moves the bar on by `images`; `loss` is the latest mean loss."""
+        self._bar.bar_format = _FORMAT
+        if loss is not None:
+            self._bar.set_description_str(f"epoch {epoch} ", refresh=False)
+            self._bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
+        self._bar.update(images)
+
+    def skip(self, images: int) -> None:
+        """Moves the bar on by images that were trained on before; they do not count in images/s."""
+        if not self._bar.disable:
+            self._bar.initial += images
+            self._bar.n += images
+            self._bar.refresh()
+
+    def print(self, text: str) -> None:
+        """Prints `text` to stdout, if there is one, without breaking the bar."""
+        if sys.stdout is not None:
+            self._bar.write(printable(text, sys.stdout), file=sys.stdout)
+            sys.stdout.flush()
+
+    def close(self) -> None:
+        """Takes the bar away. A closed bar still prints."""
+        self._bar.close()
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
