@@ -206,7 +206,7 @@ def _main(options, recipe_name, recipe, words: Sequence[str], say, apart=None) -
     )
     if seeds:
         form = replica_programs.choose_form(options.replica_form)
-        lowering = replica_programs.choose_lowering(form, options.conv)
+        lowering = replica_programs.choose_lowering(form, options.conv, recipe.model)
         run_options = dataclasses.replace(run_options, lowering=lowering, devices="1")
     run = make_run(config, dataset, run_options, clock)
     # All that may refuse comes before there is a directory.
