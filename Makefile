@@ -5,10 +5,11 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 # What the rest stands on, without PyTorch, in some minutes: for a second Python.
-SMOKE := $(addprefix tests/test_,all_reduce.py augment.py checkpoints.py evaluate_predict.py \
-	feed.py hardware.py several_devices.py)
+SMOKE := $(addprefix tests/,ops/test_all_reduce.py test_augment.py checkpoints/test_checkpoints.py \
+	commands/test_evaluate_predict.py test_input_pipeline.py parallel/test_hardware.py \
+	parallel/test_several_devices.py)
 
-.PHONY: train test test-slow test-smoke lint bench reproduce clean
+.PHONY: train test test-all test-slow test-smoke lint bench reproduce clean
 .DEFAULT_GOAL := train
 
 $(BIN)/python:
@@ -32,12 +33,16 @@ test: $(VENV)/.installed-test
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
+# The extended tests too: every case of what `test` has one or two of.
+test-all: test
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "extended and not slow" $(ARGS)
+
 test-slow: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
 test-smoke: $(VENV)/.installed
 	$(PIP) -e . pytest pytest-xdist
-	$(BIN)/python -m pytest -n 2 --dist worksteal $(SMOKE) $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" $(SMOKE) $(ARGS)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/python -m ruff check .

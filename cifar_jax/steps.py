@@ -8,6 +8,7 @@ A batch is `{"image": uint8 or float [B, H, W, 3], "label": int32 [B]}` with an 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +21,7 @@ from jax import lax
 
 from cifar_jax import augment as augmentations
 from cifar_jax import optimizers
+from cifar_jax.models import init, mode
 from cifar_jax.models.layers import BY_EXAMPLE
 from cifar_jax.ops import averaging
 from cifar_jax.ops.all_reduce import sum_over
@@ -42,6 +44,7 @@ class TrainState:
       ema_params: moving average of the weights, or None.
       ema_batch_stats: that of `batch_stats`, where `ema_params` is kept: averaged weights under
         the statistics of the last ones classify worse than either.
+      collections: what else the model keeps, {collection: tree}; of it there is no average.
     """
 
     step: jax.Array
@@ -51,6 +54,7 @@ class TrainState:
     key: jax.Array
     ema_params: Any = None
     ema_batch_stats: Any = None
+    collections: dict[str, Any] = struct.field(default_factory=dict)
 
 
 def create_state(
@@ -69,19 +73,20 @@ def create_state(
       key: typed PRNG key; it seeds the weights and every later draw.
       image_shape: (H, W, C) of the images the model will see.
       ema: whether to keep a moving average of the weights and of `batch_stats`.
-      initial: variables {"params": {layer: ...}, "batch_stats"} that replace drawn ones; a layer
-        that is not in it is drawn.
+      initial: variables {"params": {layer: ...}, "batch_stats", ...} that replace drawn ones; a
+        layer that is not in it is drawn.
       freeze: prefixes of layers that are not trained; the optimizer keeps nothing for them.
     """
     init_key, run_key = jax.random.split(key)
-    variables = model.init(init_key, jnp.zeros((1, *image_shape), jnp.float32))
-    given = initial or {}
-    params = {**variables["params"], **given.get("params", {})}
-    batch_stats = {**variables.get("batch_stats", {}), **given.get("batch_stats", {})}
+    variables = init(model, init_key, jnp.zeros((1, *image_shape), jnp.float32))
+    for name, given in (initial or {}).items():
+        variables[name] = optimizers.merge_frozen(variables.get(name, {}), given)
+    params, batch_stats = variables.pop("params"), variables.pop("batch_stats", {})
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
         batch_stats=batch_stats,
+        collections=variables,
         opt_state=optimizer.init(optimizers.split_frozen(params, freeze)[0]),
         key=run_key,
         ema_params=jax.tree.map(jnp.copy, params) if ema else None,
@@ -165,6 +170,11 @@ def train_step(
     Besides `dropout` the streams have one source, flax's `params`, which `make_rng` falls back on
     for any name (`has_rng` does not know of it).
 
+    All collections of the model but its parameters are mutable here, read-only in evaluation. They
+    are carried on from part to part of `accumulate`; over an axis their floats are averaged, and
+    anything else is as on the first device. Flax's `nn.BatchNorm` so normalises each part by
+    itself, this package's each of `accumulate` only.
+
     Args:
       optimizer: also one whose `update` takes `value`, which is the mean loss of the global batch
         (`optax.contrib.reduce_on_plateau`, `optax.polyak_sgd`); line searches, which evaluate
@@ -188,60 +198,23 @@ def train_step(
       UserError: images without a batch axis.
     """
     check_batched(batch["image"])
-    preprocess = preprocess or make_preprocess()
-    dropout_key, preprocess_key, foreign_key = step_keys(state.key, state.step)
-    first_example = jnp.zeros((), jnp.int32)
-    params = state.params
+    batch = {"image": batch["image"], "label": batch["label"], "mask": _mask(batch)}
+    params, model, first_example = _on_device(state.params, model, batch, axis_name)
+    gradients = functools.partial(
+        _gradients,
+        *optimizers.split_frozen(params, freeze),
+        step_keys(state.key, state.step),
+        model=model,
+        preprocess=preprocess or make_preprocess(),
+        label_smoothing=label_smoothing,
+    )
+    if accumulate != 1:
+        gradients = functools.partial(over_parts, gradients, accumulate, axis_name)
+    carried = {**state.collections, "batch_stats": state.batch_stats}
+    (grads, sums), carried = gradients(batch, carried, first_example)
     if axis_name is not None:
-        first_example = lax.axis_index(axis_name).astype(jnp.int32) * batch["label"].shape[0]
-        # Under shard_map the gradient of a replicated value is summed over the axis already;
-        # marked as varying it stays local, and the one psum below is right everywhere.
-        params = lax.pcast(params, axis_name, to="varying")
-        if hasattr(model, "axis_name"):  # normalises over the batch
-            model = model.clone(axis_name=axis_name)
-    trained, frozen = optimizers.split_frozen(params, freeze)
-    mask = _mask(batch)
-
-    def gradients(batch, batch_stats, first_example):
-        part = jax.random.fold_in(foreign_key, first_example)
-        rngs = {
-            BY_EXAMPLE: dropout_key,
-            "dropout": jax.random.fold_in(part, 0),
-            "params": jax.random.fold_in(part, 1),
-        }
-        images = preprocess(batch["image"], preprocess_key, first_example)
-
-        def loss_fn(trained):
-            logits, updates = model.apply(
-                {
-                    "params": optimizers.merge_frozen(trained, frozen),
-                    "batch_stats": batch_stats,
-                    "position": {"first_example": first_example, "mask": batch["mask"]},
-                },
-                images,
-                train=True,
-                rngs=rngs,
-                mutable=["batch_stats"],
-            )
-            if logits.dtype.itemsize < 4:
-                logits = logits.astype(jnp.float32)
-            losses = cross_entropy(logits, batch["label"], label_smoothing)
-            sums = _sums(logits, batch["label"], batch["mask"], losses)
-            return sums["loss"], (sums, updates.get("batch_stats", {}))
-
-        grads, (sums, batch_stats) = jax.grad(loss_fn, has_aux=True)(trained)
-        return (grads, sums), batch_stats
-
-    whole = {"image": batch["image"], "label": batch["label"], "mask": mask}
-    if accumulate == 1:
-        (grads, sums), batch_stats = gradients(whole, state.batch_stats, first_example)
-    else:
-        (grads, sums), batch_stats = over_parts(
-            gradients, whole, accumulate, state.batch_stats, first_example, axis_name
-        )
-    if axis_name is not None:
-        grads, sums, batch_stats = sum_over((grads, sums, batch_stats), axis_name)
-        batch_stats = jax.tree.map(lambda s: s / lax.axis_size(axis_name), batch_stats)
+        grads, sums, carried = _over_devices(grads, sums, carried, axis_name)
+    batch_stats = carried.pop("batch_stats")
     count = jnp.maximum(sums["count"], 1)
     grads = jax.tree.map(lambda g: g / count.astype(g.dtype), grads)
     trained, frozen = optimizers.split_frozen(state.params, freeze)
@@ -258,6 +231,7 @@ def train_step(
         step=state.step + 1,
         params=optimizers.merge_frozen(trained, frozen),
         batch_stats=batch_stats,
+        collections=carried,
         opt_state=opt_state,
         ema_params=ema_params,
         ema_batch_stats=ema_batch_stats,
@@ -265,11 +239,75 @@ def train_step(
     return state, sums
 
 
+def _on_device(params, model: nn.Module, batch: Batch, axis_name: str | None):
+    """Returns the parameters and the model as one device of the axis uses them, and the position
+    of its first image in the global batch."""
+    first_example = jnp.zeros((), jnp.int32)
+    if axis_name is not None:
+        first_example = lax.axis_index(axis_name).astype(jnp.int32) * batch["label"].shape[0]
+        # Under shard_map the gradient of a replicated value is summed over the axis already;
+        # marked as varying it stays local, and the one psum below is right everywhere.
+        params = lax.pcast(params, axis_name, to="varying")
+        if hasattr(model, "axis_name"):  # normalises over the batch
+            model = model.clone(axis_name=axis_name)
+    return params, model, first_example
+
+
+def _gradients(
+    trained, frozen, keys, batch, carried, first_example, *, model, preprocess, label_smoothing
+):
+    """Returns ((gradients by `trained`, metrics), collections), sums over one part of a batch."""
+    dropout_key, preprocess_key, foreign_key = keys
+    part = jax.random.fold_in(foreign_key, first_example)
+    rngs = {
+        BY_EXAMPLE: dropout_key,
+        "dropout": jax.random.fold_in(part, 0),
+        "params": jax.random.fold_in(part, 1),
+    }
+    position = {"first_example": first_example, "mask": batch["mask"]}
+    images = preprocess(batch["image"], preprocess_key, first_example)
+
+    def loss_fn(trained):
+        params = optimizers.merge_frozen(trained, frozen)
+        logits, updates = model.apply(
+            {"params": params, **carried, "position": position},
+            images,
+            **mode(model, train=True),
+            rngs=rngs,
+            mutable=list(carried),
+        )
+        if logits.dtype.itemsize < 4:
+            logits = logits.astype(jnp.float32)
+        losses = cross_entropy(logits, batch["label"], label_smoothing)
+        sums = _sums(logits, batch["label"], batch["mask"], losses)
+        return sums["loss"], (sums, {name: updates.get(name, {}) for name in carried})
+
+    grads, (sums, carried) = jax.grad(loss_fn, has_aux=True)(trained)
+    return (grads, sums), carried
+
+
+def _over_devices(grads, sums, carried, axis_name: str):
+    """Adds up gradients and metrics over the axis; the collections' floats become their mean,
+    anything else in them what the first device has."""
+    first, devices = lax.axis_index(axis_name) == 0, lax.axis_size(axis_name)
+
+    def is_float(x) -> bool:
+        return jnp.issubdtype(x.dtype, jnp.inexact)
+
+    parts = jax.tree.map(lambda x: x if is_float(x) else jnp.where(first, x, 0), carried)
+    grads, sums, parts = sum_over((grads, sums, parts), axis_name)
+    carried = jax.tree.map(
+        lambda x, part: part / devices if is_float(x) else part.astype(x.dtype), carried, parts
+    )
+    return grads, sums, carried
+
+
 def inference_variables(state: TrainState) -> dict:
     """Returns the variables to evaluate: the averaged ones where they are kept."""
-    if state.ema_params is None:
-        return {"params": state.params, "batch_stats": state.batch_stats}
-    return {"params": state.ema_params, "batch_stats": state.ema_batch_stats}
+    params, batch_stats = state.ema_params, state.ema_batch_stats
+    if params is None:
+        params, batch_stats = state.params, state.batch_stats
+    return {"params": params, "batch_stats": batch_stats, **state.collections}
 
 
 def predict_step(
@@ -286,7 +324,9 @@ def predict_step(
     """
     check_batched(images)
     preprocess = preprocess or make_preprocess()
-    return model.apply(variables, preprocess(images), train=False).astype(jnp.float32)
+    return model.apply(variables, preprocess(images), **mode(model, train=False)).astype(
+        jnp.float32
+    )
 
 
 def eval_step(
@@ -314,11 +354,11 @@ def eval_step(
 
 def over_parts(
     gradients: Callable[..., tuple[Any, Any]],
-    batch: dict[str, jax.Array],
     parts: int,
-    batch_stats: Any,
+    axis_name: str | None,
+    batch: dict[str, jax.Array],
+    carried: Any,
     first_example: jax.Array,
-    axis_name: str | None = None,
 ) -> tuple[Any, Any]:
     """Adds up `gradients` over a batch cut into `parts` of equal length.
 
@@ -326,14 +366,14 @@ def over_parts(
     and its running statistics go from part to part, as when PyTorch accumulates.
 
     Args:
-      gradients: `(part, batch_stats, first_example) -> (sums, batch_stats)`; `sums` is any tree
-        that adds up over parts, and `first_example` the part's position in the global batch.
-      batch: arrays [B, ...] with a float `mask` [B].
-      batch_stats, first_example: of the whole batch.
+      gradients: `(part, carried, first_example) -> (sums, carried)`; `sums` is any tree that adds
+        up over parts, and `first_example` the part's position in the global batch.
       axis_name: as in `train_step`.
+      batch: arrays [B, ...] with a float `mask` [B].
+      carried, first_example: of the whole batch.
 
     Returns:
-      (sums over the batch, batch_stats after its last part).
+      (sums over the batch, what its last part carries on).
     """
     size = batch["mask"].shape[0]
     length = -(-size // parts)
@@ -347,13 +387,13 @@ def over_parts(
     firsts = first_example + length * jnp.arange(parts, dtype=jnp.int32)
 
     def body(carry, piece_and_first):
-        (totals, stats), (piece, first) = carry, piece_and_first
-        sums, stats = gradients(piece, stats, first)
-        return (jax.tree.map(jnp.add, totals, sums), stats), None
+        (totals, carried), (piece, first) = carry, piece_and_first
+        sums, carried = gradients(piece, carried, first)
+        return (jax.tree.map(jnp.add, totals, sums), carried), None
 
     one = jax.tree.map(lambda x: x[0], pieces)
-    shapes = jax.eval_shape(gradients, one, batch_stats, firsts[0])[0]
+    shapes = jax.eval_shape(gradients, one, carried, firsts[0])[0]
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     if axis_name is not None:  # a scan's carry must be marked the same before and after
-        zeros, batch_stats = lax.pcast((zeros, batch_stats), axis_name, to="varying")
-    return lax.scan(body, (zeros, batch_stats), (pieces, firsts))[0]
+        zeros, carried = lax.pcast((zeros, carried), axis_name, to="varying")
+    return lax.scan(body, (zeros, carried), (pieces, firsts))[0]

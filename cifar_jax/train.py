@@ -243,7 +243,8 @@ def train_many(options, words: Sequence[str], say, process) -> dict:
     from cifar_jax.training.summary import opening_lines
 
     form = programs.choose_form(options.replica_form)
-    lowering = programs.choose_lowering(form, options.conv)
+    model = cli.recipe_from(options)[1].model
+    lowering = programs.choose_lowering(form, options.conv, model)
     run, workdir, notices = prepare(options, say, lowering=lowering, devices="1")
     count, size = len(options.seeds), options.group_size
     plan = scheduler.make_plan(run, count, form, options.devices, size, process=process)

@@ -1,8 +1,16 @@
-"""Models by name. A new model is one file here and one entry in `MODELS`."""
+"""Models by name. A new model is one file here and one entry in `MODELS`.
+
+A model is a Flax linen module from images [N, H, W, C] to logits [N, num_classes], called with
+`train` if its `__call__` takes that. Of `num_classes`, `lowering`, `remat` and `fold` its
+constructor gets what it takes. It may hold collections of variables beside `params`
+(`steps.train_step`), and say in `torch_layers` how it reads PyTorch's weights
+(`weights/state_dict.py`).
+"""
 
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -23,14 +31,33 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 
 def make_model(name: str, num_classes: int = 10, **options) -> nn.Module:
     """Returns the model called `name`. Raises `UserError` for an unknown name."""
-    return lookup(MODELS, name, "model")(num_classes=num_classes, **options)
+    make = lookup(MODELS, name, "model")
+    return make(**({"num_classes": num_classes} if takes(make, "num_classes") else {}), **options)
 
 
 def model_of(recipe, num_classes: int, lowering: str = "auto") -> nn.Module:
-    """Returns the model that a `Recipe` trains. Raises `UserError` for an unknown name,
-    or `remat` where the model has no blocks."""
-    model = make_model(recipe.model, num_classes, lowering=lowering)
-    if recipe.remat and not hasattr(model, "remat"):
+    """Returns the model that a `Recipe` trains. Raises `UserError` for an unknown name, or `remat`
+    or a lowering that the model does not take."""
+    make = lookup(MODELS, recipe.model, "model")
+    if recipe.remat and not takes(make, "remat"):
         raise UserError(f"--remat: {recipe.model} has no blocks to compute again")
-    known = [name for name in ("fold", "remat") if hasattr(model, name)]
-    return model.clone(**{name: getattr(recipe, name) for name in known})
+    if lowering not in ("auto", "lax") and not takes(make, "lowering"):
+        raise UserError(f"--conv {lowering}: {recipe.model} computes its convolutions by itself")
+    options = {"lowering": lowering, "remat": recipe.remat, "fold": recipe.fold}
+    options = {option: value for option, value in options.items() if takes(make, option)}
+    return make_model(recipe.model, num_classes, **options)
+
+
+def takes(function: Callable, name: str) -> bool:
+    """Whether a function, or a class's constructor, has a parameter of that name."""
+    return name in inspect.signature(function).parameters
+
+
+def mode(model: nn.Module, train: bool) -> dict[str, bool]:
+    """Returns `train` as an argument of the model's `__call__`, {} if that takes none."""
+    return {"train": train} if takes(model.__call__, "train") else {}
+
+
+def init(model: nn.Module, keys, images) -> dict:
+    """Returns the model's first variables, {collection: tree}."""
+    return dict(model.init(keys, images, **mode(model, train=False)))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import flax.linen as nn
 import jax
 
-from cifar_jax.models.layers import ConvRelu, Dense, Dropout, Flatten
+from cifar_jax.models.layers import NUMBERED, ConvRelu, Dense, Dropout, Flatten
 
 
 def _conv_relu(remat: bool) -> type[nn.Module]:
@@ -23,6 +23,7 @@ class TutorialCNN(nn.Module):
     num_classes: int = 10
     lowering: str = "auto"
     remat: bool = False
+    torch_layers = NUMBERED
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
@@ -41,6 +42,7 @@ class DeepCNN(nn.Module):
     num_classes: int = 10
     lowering: str = "auto"
     remat: bool = False
+    torch_layers = NUMBERED
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
@@ -63,6 +65,7 @@ class DropoutCNN(nn.Module):
     dropout_rate: float = 0.25
     lowering: str = "auto"
     remat: bool = False
+    torch_layers = NUMBERED
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:

@@ -16,6 +16,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from cifar_jax.models import mode
+
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
@@ -69,13 +71,13 @@ def summarise(
 
     def init(x):
         keys = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
-        return module.init(keys, x, train=train)
+        return module.init(keys, x, **mode(module, train))
 
     def apply(variables, x):
-        rngs = {"dropout": jax.random.key(1)}
+        rngs = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
         mutable = [name for name in variables if name != "params"]
         with nn.intercept_methods(record):
-            return module.apply(variables, x, train=train, rngs=rngs, mutable=mutable)
+            return module.apply(variables, x, **mode(module, train), rngs=rngs, mutable=mutable)
 
     variables = jax.eval_shape(init, image)
     # Flax names each operation's scope after its module; the names below rely on it.

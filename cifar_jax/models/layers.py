@@ -19,6 +19,14 @@ from cifar_jax.ops import convolution, layout
 from cifar_jax.ops.layout import Blocked
 from cifar_jax.runtime import keys
 
+# What a model may state as `torch_layers`: the order of its layers is that of the numbers their
+# names end with, convolutions first, and the first linear one reads the last feature map flattened.
+NUMBERED = "numbered"
+
+
+class Flattened(str):
+    """In `torch_layers`, the name of a linear layer that reads a flattened feature map."""
+
 
 def torch_uniform(fan_in: int):
     """Returns an initialiser U(-1/sqrt(fan_in), 1/sqrt(fan_in)).

@@ -16,6 +16,7 @@ import numpy as np
 
 from cifar_jax.models.fold import SIDE, RepeatedDense, normal_blocks
 from cifar_jax.models.layers import (
+    NUMBERED,
     BatchNorm,
     Conv,
     ConvRelu,
@@ -80,6 +81,7 @@ class VGG(nn.Module):
     fold: bool = False
     lowering: str = "auto"
     remat: bool = False
+    torch_layers = NUMBERED
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
@@ -115,6 +117,7 @@ class VGGBatchNorm(nn.Module):
     layers: tuple[int | str, ...] = VGG16
     lowering: str = "auto"
     remat: bool = False
+    torch_layers = NUMBERED
     axis_name: str | None = None
 
     @nn.compact

@@ -132,7 +132,7 @@ CPU_TWO_FROM, CPU_TWO_WEIGHTS = 64, 100_000
 def microbatches(images: int, state) -> int:
     """Returns into how many microbatches a step of `images` on a device is cut where the recipe
     does not say: by the measurements above; 1 wherever it would be another step."""
-    if jax.default_backend() != "cpu" or jax.tree.leaves(state.batch_stats):
+    if jax.default_backend() != "cpu" or jax.tree.leaves((state.batch_stats, state.collections)):
         return 1
     weights = parameter_count(state.params)
     if images >= CPU_MICROBATCHES_FROM and weights <= CPU_DEVICE_WEIGHTS:

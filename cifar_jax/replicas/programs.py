@@ -30,8 +30,9 @@ from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from cifar_jax.models import MODELS, takes
 from cifar_jax.parallel import hardware, programs
-from cifar_jax.runtime.errors import UserError, nearest
+from cifar_jax.runtime.errors import UserError, lookup, nearest
 from cifar_jax.training import checks, setup
 from cifar_jax.training.setup import Run
 
@@ -57,11 +58,12 @@ def choose_form(asked: str = "auto") -> str:
     return "map" if jax.default_backend() == "cpu" else "vmap"
 
 
-def choose_lowering(form: str, asked: str) -> str:
+def choose_lowering(form: str, asked: str, model: str | None = None) -> str:
     """Returns how convolutions are computed: under `vmap` as matrix products, which become batched
     ones; a convolution over kernels of many replicas would become a grouped one, which is slow on
-    every backend. What was asked for by name stays."""
-    return "gemm" if form == "vmap" and asked == "auto" else asked
+    every backend. What was asked for by name stays, and `auto` where the model takes none."""
+    chooses = model is None or takes(lookup(MODELS, model, "model"), "lowering")
+    return "gemm" if form == "vmap" and asked == "auto" and chooses else asked
 
 
 def replica_mesh(asked: str, replicas: int, batch_size: int = 1, weights: int = 0) -> Mesh:

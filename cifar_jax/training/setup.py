@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from cifar_jax import augment, input_pipeline, optimizers, steps
 from cifar_jax.datasets import Dataset
-from cifar_jax.models import model_of
+from cifar_jax.models import init, model_of
 from cifar_jax.parallel import hardware, placement, programs
 from cifar_jax.parallel.placement import Placement
 from cifar_jax.recipes import Recipe
@@ -245,7 +245,7 @@ def cpu_threads(recipe: Recipe, devices: str) -> int | None:
     def weights() -> int:
         model = model_of(recipe, 10, "lax")
         images = jax.ShapeDtypeStruct((1, *input_shape(recipe, (32, 32, 3))), jnp.float32)
-        shapes = jax.eval_shape(lambda images: model.init(jax.random.key(0), images), images)
+        shapes = jax.eval_shape(functools.partial(init, model), jax.random.key(0), images)
         return steps.parameter_count(shapes["params"])
 
     return hardware.cpu_threads(devices, recipe.batch_size, weights)

@@ -13,20 +13,20 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from cifar_jax import input_pipeline, optimizers
-from cifar_jax.models import fold
+from cifar_jax.models import fold, init
 from cifar_jax.parallel import programs as parallel_programs
 from cifar_jax.runtime.errors import UserError
 from cifar_jax.training import setup
 from cifar_jax.training.evaluation import Trained
 from cifar_jax.weights import files as weight_files
 from cifar_jax.weights.state_dict import (
-    last_layer,
+    entries,
+    layers_of,
     misfits,
     to_torch,
-    torch_name,
-    torch_shapes,
     variables_from_torch,
 )
 
@@ -69,8 +69,10 @@ def of_run(source: str | os.PathLike, which: str | int | None = None):
     from cifar_jax.training import evaluation
 
     trained = evaluation.load(source, which)
-    state = to_torch(**unfolded(trained))
-    return trained, weight_files.Weights(state, list(trained.notices), {})
+    variables = unfolded(trained)
+    torch_layers, notices = layers_of(trained.model, variables)
+    state = to_torch(**variables, torch_layers=torch_layers)
+    return trained, weight_files.Weights(state, [*trained.notices, *notices], {})
 
 
 def load(source: str | os.PathLike, model: nn.Module, image_shape: tuple[int, int, int]) -> Initial:
@@ -85,13 +87,16 @@ def load(source: str | os.PathLike, model: nn.Module, image_shape: tuple[int, in
     """
     weights = read(source)
     images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
-    folded = fold.is_folded(jax.eval_shape(model.init, jax.random.key(0), images)["params"])
-    whole = model.clone(fold=False) if folded else model
-    variables = jax.eval_shape(whole.init, jax.random.key(0), images)
-    notices = list(weights.notices)
+    variables = jax.eval_shape(functools.partial(init, model), jax.random.key(0), images)
+    folded = fold.is_folded(variables["params"])
+    if folded:
+        whole = functools.partial(init, model.clone(fold=False))
+        variables = jax.eval_shape(whole, jax.random.key(0), images)
+    torch_layers, said = layers_of(model, variables)
+    notices = list(dict.fromkeys([*weights.notices, *said]))
     try:
-        state, variables, redrawn = _without_other_head(weights.state, variables)
-        found = variables_from_torch(state, variables)
+        state, variables, redrawn = _without_other_head(weights.state, variables, torch_layers)
+        found = variables_from_torch(state, variables, torch_layers)
         if folded:
             found["params"] = fold.fold(found["params"])
     except UserError as error:
@@ -111,25 +116,29 @@ def load(source: str | os.PathLike, model: nn.Module, image_shape: tuple[int, in
     return Initial(found, record, notices)
 
 
-def _without_other_head(state: Mapping[str, np.ndarray], variables: Mapping[str, Mapping]):
+def _without_other_head(state: Mapping[str, np.ndarray], variables: Mapping, torch_layers):
     """Takes the last layer out of both where it differs in the number of classes alone.
 
     Returns:
       state, variables, and None or (layer, classes in the state, classes of the model).
     """
-    params, stats = variables["params"], variables.get("batch_stats", {})
-    wanted = torch_shapes(params, stats)
-    head = last_layer(params)
-    weight, bias = f"{torch_name(head)}.weight", f"{torch_name(head)}.bias"
-    if weight not in state or bias not in state:
+    wanted = entries(variables, torch_layers)
+    off = [entry for entry in wanted if np.shape(state.get(entry.name, ())) != entry.shape]
+    # No layer reads the last one, so that it alone can differ in its outputs and nothing else.
+    had = {np.shape(state.get(entry.name, ()))[:1] for entry in off}
+    head = off[0].path[1:-1] if off else ()
+    if (
+        len(had) != 1
+        or had == {()}
+        or off != [entry for entry in wanted if entry.path[1:-1] == head]
+        or not any(len(entry.shape) == 2 for entry in off)
+        or any(np.shape(state[entry.name])[1:] != entry.shape[1:] for entry in off)
+        or len(misfits(state, {entry.name: entry.shape for entry in wanted})) != len(off)
+    ):
         return state, variables, None
-    had, has = np.shape(state[weight]), wanted[weight]
-    same = len(had) == 2 and had[1] == has[1] and np.shape(state[bias]) == had[:1]
-    if not same or had[0] == has[0] or len(misfits(state, wanted)) != 2:
-        return state, variables, None
-    state = {name: value for name, value in state.items() if name not in (weight, bias)}
-    params = {name: value for name, value in params.items() if name != head}
-    return state, {"params": params, "batch_stats": stats}, (head, had[0], has[0])
+    state = {name: value for name, value in state.items() if name not in {e.name for e in off}}
+    kept = {path: leaf for path, leaf in flatten_dict(variables).items() if path[1:-1] != head}
+    return state, unflatten_dict(kept), ("/".join(head), had.pop()[0], off[0].shape[0])
 
 
 def unfolded(trained: Trained) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """Weights between PyTorch's layout and ours, as NumPy arrays (torch is not needed).
 
-Layers carry the same names on both sides, except that PyTorch's containers number theirs
-(`features.0`) and ours cannot hold a dot (`features_0`). What changes is the layout:
+Layers carry the same names on both sides, modules within modules joined by dots
+(`block1.conv2.weight`), except that PyTorch's containers number theirs (`features.0`) and ours
+cannot hold a dot (`features_0`). What changes is the layout:
 
     convolution  weight [F, C, k, k]        <->  kernel [k, k, C, F]
     linear       weight [out, in]           <->  kernel [in, out]
@@ -10,22 +11,40 @@ Layers carry the same names on both sides, except that PyTorch's containers numb
                  running_mean, running_var  <->  batch_stats: mean, var [C]
                  num_batches_tracked        <->  nothing: PyTorch counts, we have no use for it
 
-and the first linear layer reads the last convolution's output, which PyTorch flattens channels
-first (C, H, W) and we flatten channels last (H, W, C): its inputs are permuted.
+and a linear layer that reads a convolution's output flattened: PyTorch flattens channels first
+(C, H, W) and we flatten channels last (H, W, C), so its inputs are permuted. Which one does, a
+model says in `torch_layers`: either `layers.NUMBERED`, or names of convolutions and linear layers
+in order of use, `("conv1", "block1.conv2", Flattened("fc1"), "fc2")`. Where it says nothing no
+inputs are permuted, and `layers_of` gives a notice. Any other variable keeps its name and layout.
+(A transposed convolution's kernel looks like any other's and is taken for one.)
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections.abc import Mapping
 from typing import Any
 
+import flax.linen as nn
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
-from cifar_jax.runtime.errors import UserError
+from cifar_jax.models.layers import NUMBERED, Flattened
+from cifar_jax.runtime.errors import UserError, nearest
 
-Layers = Mapping[str, Mapping[str, Any]]
+Layers = Mapping[str, Any]  # variables of modules, and modules within them, by name
+TorchLayers = str | tuple[str, ...]
+
+# PyTorch's names of ours, in the order of its state dicts.
+NAMES = {
+    ("params", "kernel"): "weight",
+    ("params", "scale"): "weight",
+    ("params", "bias"): "bias",
+    ("batch_stats", "mean"): "running_mean",
+    ("batch_stats", "var"): "running_var",
+}
 
 # Prefixes of our layer names that stand for a numbered PyTorch container.
 CONTAINERS = ("features_", "classifier_")
@@ -46,41 +65,148 @@ def torch_name(layer: str) -> str:
     return layer
 
 
-def to_torch(params: Layers, batch_stats: Layers | None = None) -> dict[str, np.ndarray]:
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """An entry of a PyTorch state dict: its name, its shape there, and where it lies in our
+    variables, (collection, module, ..., variable). Ours, seen as `view` with its `axes` in
+    PyTorch's order, is theirs."""
+
+    name: str
+    shape: tuple[int, ...]
+    path: tuple[str, ...]
+    like: Any
+    view: tuple[int, ...]
+    axes: tuple[int, ...]
+
+    def to_torch(self, value: Any) -> np.ndarray:
+        value = np.asarray(value).reshape(self.view).transpose(self.axes)
+        return np.array(value.reshape(self.shape), order="C")
+
+    def from_torch(self, value: Any) -> np.ndarray:
+        value = np.asarray(value).reshape([self.view[axis] for axis in self.axes])
+        value = value.transpose(np.argsort(self.axes)).reshape(self.like.shape)
+        return np.array(value, self.like.dtype, order="C")
+
+
+def _entry(path: tuple[str, ...], like: Any, channels: int) -> Entry:
+    """Args: channels: of the feature map that the linear layer reads flattened, if not 0."""
+    *modules, part = path[1:]
+    name = NAMES.get((path[0], part), part)
+    view, axes = tuple(like.shape), tuple(range(len(like.shape)))
+    shape = view
+    if (path[0], part) == ("params", "kernel"):
+        axes = {2: (1, 0), 4: (3, 2, 0, 1)}.get(len(view), axes)
+        name = name if len(view) in (2, 4) else part
+        shape = tuple(view[axis] for axis in axes)
+        if channels:
+            side = math.isqrt(view[0] // channels)
+            if side * side * channels != view[0]:
+                layer = "/".join(modules)
+                raise UserError(
+                    f"{layer} reads {view[0]} inputs, not {channels} channels of a square"
+                )
+            view, axes = (side, side, channels, view[1]), (3, 2, 0, 1)
+    where = [torch_name(modules[0]), *modules[1:]] if modules else []
+    return Entry(".".join([*where, name]), shape, path, like, view, axes)
+
+
+def entries(variables: Mapping[str, Layers], torch_layers: TorchLayers = NUMBERED) -> list[Entry]:
+    """Returns the entries of a model's PyTorch state dict, in order of use.
+
+    Args:
+      variables: {collection: tree} of arrays or `jax.ShapeDtypeStruct`.
+      torch_layers: as a model states it, () where it does not.
+
+    Raises:
+      UserError: two variables have one name in PyTorch, or a flattened layer does not fit a square
+        output of the last convolution.
+    """
+    layers: dict[tuple[str, ...], dict] = {}
+    for path, leaf in flatten_dict(dict(variables)).items():
+        layers.setdefault(path[1:-1], {})[path] = leaf
+    kernels = {
+        layer: leaves[path].shape
+        for layer, leaves in layers.items()
+        if (path := ("params", *layer, "kernel")) in leaves
+    }
+    numbered = torch_layers == NUMBERED
+    stated = [] if numbered else [str(name) for name in torch_layers]
+    flattened = {name for name in torch_layers if isinstance(name, Flattened)}
+
+    def order(layer: tuple[str, ...]):
+        if numbered:
+            number = re.search(r"\d*$", "/".join(layer)).group()
+            return len(kernels.get(layer, ())) == 2, int(number or 0)
+        name = ".".join(layer)
+        return (stated.index(name) if name in stated else len(stated)), layer
+
+    def within(path: tuple[str, ...]) -> int:
+        key = path[0], path[-1]
+        return list(NAMES).index(key) if key in NAMES else len(NAMES)
+
+    result, channels = [], 0
+    for layer in sorted(layers, key=order):
+        kernel = kernels.get(layer, ())
+        reads = len(kernel) == 2 and (numbered or ".".join(layer) in flattened)
+        for path in sorted(layers[layer], key=within):
+            result.append(_entry(path, layers[layer][path], channels if reads else 0))
+        if len(kernel) in (2, 4):
+            channels = kernel[3] if len(kernel) == 4 else 0
+    names = [entry.name for entry in result]
+    if len(set(names)) < len(names):
+        twice = max(names, key=names.count)
+        raise UserError(f"two of the model's variables would be {twice} in a PyTorch state dict")
+    return result
+
+
+def layers_of(model: nn.Module, variables: Mapping[str, Layers]) -> tuple[TorchLayers, list[str]]:
+    """Returns (the model's `torch_layers`, () where it states none, and then a notice if a linear
+    layer may read a flattened feature map).
+
+    Raises:
+      UserError: it states a layer it does not have, or `Flattened` without a convolution before.
+    """
+    stated, what = getattr(model, "torch_layers", ()), type(model).__name__
+    if stated == NUMBERED:
+        return stated, []
+    found = entries(variables, stated)
+    kernels = {".".join(e.path[1:-1]): e for e in found if e.path[-1] == "kernel"}
+    for name in stated:
+        if name not in kernels:
+            raise UserError(f"torch_layers of {what}: no layer {name!r}; {nearest(name, kernels)}")
+        if isinstance(name, Flattened) and len(kernels[name].view) != 4:
+            raise UserError(f"torch_layers of {what}: no convolution stands before {name}")
+    features = {e.shape[0] for e in kernels.values() if len(e.shape) == 4}
+    inputs = {e.name: e.shape[1] for e in kernels.values() if len(e.shape) == 2 and not stated}
+    unknown = [k for k, n in inputs.items() if any(n > c and n % c == 0 for c in features)]
+    said = (
+        f"{what} states no torch_layers: the inputs of {', '.join(unknown)} are left in this "
+        "model's order, which is not PyTorch's where they are a flattened feature map"
+    )
+    return stated, [said] if unknown else []
+
+
+def to_torch(
+    params: Layers,
+    batch_stats: Layers | None = None,
+    torch_layers: TorchLayers = NUMBERED,
+    **collections: Layers,
+) -> dict[str, np.ndarray]:
     """Returns the PyTorch state dict of our weights, as NumPy arrays of the same dtype.
 
     Args:
-      params: {layer: {"kernel", "bias"}}, or {"scale", "bias"} for batch normalisation, as a
-        model's `params`; the images the model reads are square.
-      batch_stats: {layer: {"mean", "var"}} of the batch normalisations, if there are any.
+      params, batch_stats, collections: the model's variables; the images it reads are square.
+      torch_layers: see `entries`.
 
     Raises:
-      UserError: the first linear layer does not fit a square output of the last convolution.
+      UserError: a flattened layer does not fit a square output of the last convolution.
     """
+    variables = {"params": params, "batch_stats": batch_stats or {}, **collections}
     state = {}
-    for layer, flattened in _layers(params):
-        name = torch_name(layer)
-        if "scale" in params[layer]:
-            state[f"{name}.weight"] = np.array(params[layer]["scale"])
-            state[f"{name}.bias"] = np.array(params[layer]["bias"])
-            statistics = (batch_stats or {}).get(layer)
-            if statistics is not None:
-                state[f"{name}.running_mean"] = np.array(statistics["mean"])
-                state[f"{name}.running_var"] = np.array(statistics["var"])
-                state[f"{name}.{COUNTER}"] = np.zeros((), np.int64)
-            continue
-        kernel = np.asarray(params[layer]["kernel"])
-        if kernel.ndim == 4:
-            weight = kernel.transpose(3, 2, 0, 1)
-        elif flattened:
-            side = _side(layer, kernel.shape[0], flattened)
-            weight = kernel.reshape(side, side, flattened, -1).transpose(3, 2, 0, 1)
-            weight = weight.reshape(kernel.shape[1], kernel.shape[0])
-        else:
-            weight = kernel.T
-        state[f"{name}.weight"] = np.ascontiguousarray(weight)
-        if "bias" in params[layer]:
-            state[f"{name}.bias"] = np.array(params[layer]["bias"])
+    for entry in entries(variables, torch_layers):
+        state[entry.name] = entry.to_torch(entry.like)
+        if entry.name.endswith("running_var"):
+            state[entry.name.removesuffix("running_var") + COUNTER] = np.zeros((), np.int64)
     return state
 
 
@@ -93,61 +219,45 @@ def from_torch(state: Mapping[str, Any], params: Layers) -> dict[str, dict[str, 
 
 
 def variables_from_torch(
-    state: Mapping[str, Any], variables: Mapping[str, Layers]
-) -> dict[str, dict[str, dict[str, np.ndarray]]]:
+    state: Mapping[str, Any],
+    variables: Mapping[str, Layers],
+    torch_layers: TorchLayers = NUMBERED,
+) -> dict[str, dict[str, Any]]:
     """Returns our variables from a PyTorch state dict.
 
     Args:
       state: arrays by PyTorch's names (`conv1.weight`): whatever `numpy.asarray` takes.
-      variables: the model's own (arrays or `jax.ShapeDtypeStruct`), {"params"} and, with batch
-        normalisation, "batch_stats": for names, shapes and dtypes.
+      variables: the model's own (arrays or `jax.ShapeDtypeStruct`), {"params", "batch_stats", ...}:
+        for names, shapes and dtypes.
+      torch_layers: see `entries`.
 
     Raises:
       UserError: entries are missing, unknown or of another shape; the message names the first,
         or the prefix under which all lie beside others.
     """
-    params, stats = variables["params"], variables.get("batch_stats", {})
-    wanted = torch_shapes(params, stats)
-    problems = misfits(state, wanted)
+    wanted = entries(variables, torch_layers)
+    shapes = {entry.name: entry.shape for entry in wanted}
+    problems = misfits(state, shapes)
     if problems:
         more = [f"and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
-        shown = _under_prefixes(state, wanted) or "; ".join([*problems[:SHOWN], *more])
+        shown = _under_prefixes(state, shapes) or "; ".join([*problems[:SHOWN], *more])
         raise UserError(f"the PyTorch weights do not fit the model: {shown}")
-
-    found: dict[str, dict] = {layer: {} for layer in params}
-    for layer, flattened in _layers(params):
-        for part, like in params[layer].items():
-            name = f"{torch_name(layer)}.{'bias' if part == 'bias' else 'weight'}"
-            value = np.asarray(state[name])
-            if part == "kernel":
-                value = _kernel(layer, value, flattened)
-            found[layer][part] = np.array(value, like.dtype, order="C")
-    found_stats = {
-        layer: {
-            part: np.array(state[f"{torch_name(layer)}.running_{part}"], like.dtype)
-            for part, like in stats[layer].items()
-        }
-        for layer in stats
-    }
-    return {"params": found, "batch_stats": found_stats}
+    found = {entry.path: entry.from_torch(state[entry.name]) for entry in wanted}
+    return {"params": {}, "batch_stats": {}, **unflatten_dict(found)}
 
 
-def torch_shapes(params: Layers, batch_stats: Layers | None = None) -> dict[str, tuple[int, ...]]:
+def torch_shapes(
+    params: Layers,
+    batch_stats: Layers | None = None,
+    torch_layers: TorchLayers = NUMBERED,
+    **collections: Layers,
+) -> dict[str, tuple[int, ...]]:
     """Returns the shape of every entry of a model's PyTorch state dict, in order of use.
 
     Takes what `to_torch` takes, or the same as `jax.ShapeDtypeStruct`.
     """
-    wanted = {}
-    for layer, _ in _layers(params):
-        name = torch_name(layer)
-        for part, value in sorted(params[layer].items(), key=lambda item: item[0] == "bias"):
-            shape = tuple(value.shape)
-            if part == "kernel":
-                shape = (shape[3], shape[2], *shape[:2]) if len(shape) == 4 else shape[::-1]
-            wanted[f"{name}.{'bias' if part == 'bias' else 'weight'}"] = shape
-        for part, value in (batch_stats or {}).get(layer, {}).items():
-            wanted[f"{name}.running_{part}"] = tuple(value.shape)
-    return wanted
+    variables = {"params": params, "batch_stats": batch_stats or {}, **collections}
+    return {entry.name: entry.shape for entry in entries(variables, torch_layers)}
 
 
 def misfits(state: Mapping[str, Any], wanted: Mapping[str, tuple[int, ...]]) -> list[str]:
@@ -241,46 +351,3 @@ def _under_prefixes(state: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
         f"its weights lie under {' and '.join(map(repr, found))}, beside others "
         f"({', '.join(others[:2])}); save the state dict of that part alone"
     )
-
-
-def last_layer(params: Layers) -> str:
-    """Returns the layer that gives the logits: the linear one used last."""
-    return _layers(params)[-1][0]
-
-
-def _kernel(layer: str, weight: np.ndarray, flattened: int) -> np.ndarray:
-    if weight.ndim == 4:
-        return weight.transpose(2, 3, 1, 0)
-    if not flattened:
-        return weight.T
-    side = _side(layer, weight.shape[1], flattened)
-    kernel = weight.reshape(-1, flattened, side, side).transpose(2, 3, 1, 0)
-    return kernel.reshape(weight.shape[::-1])
-
-
-def _layers(params: Layers) -> list[tuple[str, int]]:
-    """Returns (layer, channels) in order of use; channels are those that the layer reads
-    flattened from the last convolution, 0 for all layers but the first linear one."""
-
-    def order(layer: str):
-        kernel = params[layer].get("kernel")
-        number = re.search(r"\d*$", layer).group()
-        return kernel is not None and len(kernel.shape) == 2, int(number or 0)
-
-    result, channels = [], 0
-    for layer in sorted(params, key=order):
-        if "kernel" not in params[layer]:
-            result.append((layer, 0))
-            continue
-        shape = params[layer]["kernel"].shape
-        is_linear = len(shape) == 2
-        result.append((layer, channels if is_linear else 0))
-        channels = 0 if is_linear else shape[3]
-    return result
-
-
-def _side(layer: str, inputs: int, channels: int) -> int:
-    side = math.isqrt(inputs // channels)
-    if side * side * channels != inputs:
-        raise UserError(f"{layer} reads {inputs} inputs, not {channels} channels of a square")
-    return side
