@@ -170,10 +170,10 @@ def train_step(
     Besides `dropout` the streams have one source, flax's `params`, which `make_rng` falls back on
     for any name (`has_rng` does not know of it).
 
-    All collections of the model but its parameters are mutable here, read-only in evaluation. They
-    are carried on from part to part of `accumulate`; over an axis their floats are averaged, and
-    anything else is as on the first device. Flax's `nn.BatchNorm` so normalises each part by
-    itself, this package's each of `accumulate` only.
+    All collections of the model but its parameters are mutable here and read-only in evaluation.
+    They go from part to part of `accumulate`; over an axis their floats are averaged, and anything
+    else is as on the first device. Flax's `nn.BatchNorm` normalises every part by itself, this
+    package's only those of `accumulate`.
 
     Args:
       optimizer: also one whose `update` takes `value`, which is the mean loss of the global batch
@@ -324,9 +324,8 @@ def predict_step(
     """
     check_batched(images)
     preprocess = preprocess or make_preprocess()
-    return model.apply(variables, preprocess(images), **mode(model, train=False)).astype(
-        jnp.float32
-    )
+    logits = model.apply(variables, preprocess(images), **mode(model, train=False))
+    return logits.astype(jnp.float32)
 
 
 def eval_step(

@@ -123,22 +123,18 @@ def _without_other_head(state: Mapping[str, np.ndarray], variables: Mapping, tor
       state, variables, and None or (layer, classes in the state, classes of the model).
     """
     wanted = entries(variables, torch_layers)
-    off = [entry for entry in wanted if np.shape(state.get(entry.name, ())) != entry.shape]
-    # No layer reads the last one, so that it alone can differ in its outputs and nothing else.
-    had = {np.shape(state.get(entry.name, ()))[:1] for entry in off}
-    head = off[0].path[1:-1] if off else ()
-    if (
-        len(had) != 1
-        or had == {()}
-        or off != [entry for entry in wanted if entry.path[1:-1] == head]
-        or not any(len(entry.shape) == 2 for entry in off)
-        or any(np.shape(state[entry.name])[1:] != entry.shape[1:] for entry in off)
-        or len(misfits(state, {entry.name: entry.shape for entry in wanted})) != len(off)
-    ):
+    shapes = {entry.name: np.shape(state.get(entry.name)) for entry in wanted}
+    linear = [entry for entry in wanted if len(entry.shape) == len(shapes[entry.name]) == 2]
+    off = [entry for entry in linear if shapes[entry.name] != entry.shape]
+    if len(off) != 1:  # no layer reads the last one: it alone may differ in its outputs only
         return state, variables, None
-    state = {name: value for name, value in state.items() if name not in {e.name for e in off}}
+    head, had, has = off[0].path[1:-1], shapes[off[0].name][0], off[0].shape[0]
+    of_head = {entry.name: (had, *entry.shape[1:]) for entry in wanted if entry.path[1:-1] == head}
+    if misfits(state, {entry.name: entry.shape for entry in wanted} | of_head):
+        return state, variables, None
+    state = {name: value for name, value in state.items() if name not in of_head}
     kept = {path: leaf for path, leaf in flatten_dict(variables).items() if path[1:-1] != head}
-    return state, unflatten_dict(kept), ("/".join(head), had.pop()[0], off[0].shape[0])
+    return state, unflatten_dict(kept), ("/".join(head), had, has)
 
 
 def unfolded(trained: Trained) -> dict[str, Any]:

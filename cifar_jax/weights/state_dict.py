@@ -88,28 +88,6 @@ class Entry:
         return np.array(value, self.like.dtype, order="C")
 
 
-def _entry(path: tuple[str, ...], like: Any, channels: int) -> Entry:
-    """Args: channels: of the feature map that the linear layer reads flattened, if not 0."""
-    *modules, part = path[1:]
-    name = NAMES.get((path[0], part), part)
-    view, axes = tuple(like.shape), tuple(range(len(like.shape)))
-    shape = view
-    if (path[0], part) == ("params", "kernel"):
-        axes = {2: (1, 0), 4: (3, 2, 0, 1)}.get(len(view), axes)
-        name = name if len(view) in (2, 4) else part
-        shape = tuple(view[axis] for axis in axes)
-        if channels:
-            side = math.isqrt(view[0] // channels)
-            if side * side * channels != view[0]:
-                layer = "/".join(modules)
-                raise UserError(
-                    f"{layer} reads {view[0]} inputs, not {channels} channels of a square"
-                )
-            view, axes = (side, side, channels, view[1]), (3, 2, 0, 1)
-    where = [torch_name(modules[0]), *modules[1:]] if modules else []
-    return Entry(".".join([*where, name]), shape, path, like, view, axes)
-
-
 def entries(variables: Mapping[str, Layers], torch_layers: TorchLayers = NUMBERED) -> list[Entry]:
     """Returns the entries of a model's PyTorch state dict, in order of use.
 
@@ -119,66 +97,68 @@ def entries(variables: Mapping[str, Layers], torch_layers: TorchLayers = NUMBERE
 
     Raises:
       UserError: two variables have one name in PyTorch, or a flattened layer does not fit a square
-        output of the last convolution.
+        output of the last convolution, or comes before any.
     """
-    layers: dict[tuple[str, ...], dict] = {}
-    for path, leaf in flatten_dict(dict(variables)).items():
-        layers.setdefault(path[1:-1], {})[path] = leaf
-    kernels = {
-        layer: leaves[path].shape
-        for layer, leaves in layers.items()
-        if (path := ("params", *layer, "kernel")) in leaves
-    }
-    numbered = torch_layers == NUMBERED
-    stated = [] if numbered else [str(name) for name in torch_layers]
-    flattened = {name for name in torch_layers if isinstance(name, Flattened)}
+    leaves, known = flatten_dict(dict(variables)), list(NAMES)
+    stated = [] if torch_layers == NUMBERED else list(torch_layers)
+    flattened = [name for name in stated if isinstance(name, Flattened)]
 
-    def order(layer: tuple[str, ...]):
-        if numbered:
-            number = re.search(r"\d*$", "/".join(layer)).group()
-            return len(kernels.get(layer, ())) == 2, int(number or 0)
-        name = ".".join(layer)
-        return (stated.index(name) if name in stated else len(stated)), layer
+    def order(path: tuple[str, ...]):
+        layer, kind = ".".join(path[1:-1]), (path[0], path[-1])
+        place = stated.index(layer) if layer in stated else len(stated)
+        if torch_layers == NUMBERED:
+            kernel = leaves.get(("params", *path[1:-1], "kernel"))
+            number = int(re.search(r"\d*$", layer).group() or 0)
+            place = kernel is not None and len(kernel.shape) == 2, number
+        return place, layer, known.index(kind) if kind in known else len(known)
 
-    def within(path: tuple[str, ...]) -> int:
-        key = path[0], path[-1]
-        return list(NAMES).index(key) if key in NAMES else len(NAMES)
+    result, channels = {}, 0
+    for path in sorted(leaves, key=order):
+        layer, kind, shape = ".".join(path[1:-1]), (path[0], path[-1]), tuple(leaves[path].shape)
+        name, view, axes = NAMES.get(kind, path[-1]), shape, tuple(range(len(shape)))
+        if kind == ("params", "kernel"):
+            if len(shape) == 4:
+                axes, channels = (3, 2, 0, 1), shape[3]
+            elif len(shape) == 2:
+                axes = (1, 0)
+                if layer in flattened or (channels and torch_layers == NUMBERED):
+                    view, axes = (*_side(layer, shape[0], channels), channels, -1), (3, 2, 0, 1)
+                channels = 0
+            else:
+                name = path[-1]
+        torch_shape = tuple(shape[axis] for axis in axes) if view is shape else shape[::-1]
+        modules = [torch_name(path[1]), *path[2:-1]] if layer else []
+        name = ".".join([*modules, name])
+        if name in result:
+            raise UserError(f"two of the model's variables would be {name} in a PyTorch state dict")
+        result[name] = Entry(name, torch_shape, path, leaves[path], view, axes)
+    return list(result.values())
 
-    result, channels = [], 0
-    for layer in sorted(layers, key=order):
-        kernel = kernels.get(layer, ())
-        reads = len(kernel) == 2 and (numbered or ".".join(layer) in flattened)
-        for path in sorted(layers[layer], key=within):
-            result.append(_entry(path, layers[layer][path], channels if reads else 0))
-        if len(kernel) in (2, 4):
-            channels = kernel[3] if len(kernel) == 4 else 0
-    names = [entry.name for entry in result]
-    if len(set(names)) < len(names):
-        twice = max(names, key=names.count)
-        raise UserError(f"two of the model's variables would be {twice} in a PyTorch state dict")
-    return result
+
+def _side(layer: str, inputs: int, channels: int) -> tuple[int, int]:
+    if not channels:
+        raise UserError(f"torch_layers: no convolution stands before {layer}")
+    side = math.isqrt(inputs // channels)
+    if side * side * channels != inputs:
+        raise UserError(f"{layer} reads {inputs} inputs, not {channels} channels of a square")
+    return side, side
 
 
 def layers_of(model: nn.Module, variables: Mapping[str, Layers]) -> tuple[TorchLayers, list[str]]:
     """Returns (the model's `torch_layers`, () where it states none, and then a notice if a linear
-    layer may read a flattened feature map).
-
-    Raises:
-      UserError: it states a layer it does not have, or `Flattened` without a convolution before.
-    """
+    layer may read a flattened feature map). Raises `UserError` for a layer it does not have."""
     stated, what = getattr(model, "torch_layers", ()), type(model).__name__
     if stated == NUMBERED:
         return stated, []
-    found = entries(variables, stated)
-    kernels = {".".join(e.path[1:-1]): e for e in found if e.path[-1] == "kernel"}
+    found = {
+        ".".join(e.path[1:-1]): e for e in entries(variables, stated) if e.path[-1] == "kernel"
+    }
     for name in stated:
-        if name not in kernels:
-            raise UserError(f"torch_layers of {what}: no layer {name!r}; {nearest(name, kernels)}")
-        if isinstance(name, Flattened) and len(kernels[name].view) != 4:
-            raise UserError(f"torch_layers of {what}: no convolution stands before {name}")
-    features = {e.shape[0] for e in kernels.values() if len(e.shape) == 4}
-    inputs = {e.name: e.shape[1] for e in kernels.values() if len(e.shape) == 2 and not stated}
-    unknown = [k for k, n in inputs.items() if any(n > c and n % c == 0 for c in features)]
+        if name not in found:
+            raise UserError(f"torch_layers of {what}: no layer {name!r}; {nearest(name, found)}")
+    features = {e.shape[0] for e in found.values() if e.axes == (3, 2, 0, 1)}
+    linear = {e.name: e.shape[1] for e in found.values() if e.axes == (1, 0) and not stated}
+    unknown = [k for k, n in linear.items() if any(n > c and n % c == 0 for c in features)]
     said = (
         f"{what} states no torch_layers: the inputs of {', '.join(unknown)} are left in this "
         "model's order, which is not PyTorch's where they are a flattened feature map"
@@ -244,20 +224,6 @@ def variables_from_torch(
         raise UserError(f"the PyTorch weights do not fit the model: {shown}")
     found = {entry.path: entry.from_torch(state[entry.name]) for entry in wanted}
     return {"params": {}, "batch_stats": {}, **unflatten_dict(found)}
-
-
-def torch_shapes(
-    params: Layers,
-    batch_stats: Layers | None = None,
-    torch_layers: TorchLayers = NUMBERED,
-    **collections: Layers,
-) -> dict[str, tuple[int, ...]]:
-    """Returns the shape of every entry of a model's PyTorch state dict, in order of use.
-
-    Takes what `to_torch` takes, or the same as `jax.ShapeDtypeStruct`.
-    """
-    variables = {"params": params, "batch_stats": batch_stats or {}, **collections}
-    return {entry.name: entry.shape for entry in entries(variables, torch_layers)}
 
 
 def misfits(state: Mapping[str, Any], wanted: Mapping[str, tuple[int, ...]]) -> list[str]:

@@ -22,7 +22,7 @@ from cifar_jax.runtime.errors import UserError
 from cifar_jax.training import evaluation
 from cifar_jax.weights import files as weight_files
 from cifar_jax.weights import init_from, pretrained
-from cifar_jax.weights.state_dict import torch_shapes
+from cifar_jax.weights.state_dict import entries
 
 __all__ = ["tiny"]
 
@@ -33,8 +33,8 @@ def write_weights(path, model, seed=0):
     params = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
     rng = np.random.default_rng(seed)
     state = {
-        name: rng.normal(0, 0.05, shape).astype(np.float32)
-        for name, shape in torch_shapes(params).items()
+        entry.name: rng.normal(0, 0.05, entry.shape).astype(np.float32)
+        for entry in entries({"params": params})
     }
     weight_files.write(path, state)
     return state

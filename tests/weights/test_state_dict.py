@@ -15,8 +15,8 @@ from cifar_jax.parallel.programs import compile_for_one_call
 from cifar_jax.recipes import RECIPES
 from cifar_jax.runtime.errors import UserError
 from cifar_jax.weights.state_dict import (
+    entries,
     to_torch,
-    torch_shapes,
     unwrap,
     variables_from_torch,
 )
@@ -265,5 +265,6 @@ def test_what_does_not_fit_is_named_in_a_line_of_reading_length():
 def test_the_last_layer_is_the_one_of_the_logits():
     for name, layer in zip(NAMES, ("fc3", "fc4", "fc2"), strict=True):
         params = jax.eval_shape(parts_of(name)[0]).params
-        assert list(torch_shapes(params).items())[-1] == (f"{layer}.bias", (10,))
-    assert list(torch_shapes(**small_variables()))[-1] == "classifier.0.bias"
+        assert entries({"params": params})[-1].name == f"{layer}.bias"
+        assert entries({"params": params})[-1].shape == (10,)
+    assert entries(small_variables())[-1].name == "classifier.0.bias"
