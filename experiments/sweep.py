@@ -134,7 +134,7 @@ def _main(
         **agreement.machine(),
         "group size": options.group_size,
         "replica form": sweep.form,
-        "convolutions": sweep.run_options.lowering,
+        "convolutions": options.conv,
     }
     overwrite = options.overwrite
     with (

@@ -100,7 +100,7 @@ def test_without_locks_it_goes_on_with_a_notice(name, tmp_path, monkeypatch, cap
 
     monkeypatch.setattr(fcntl, "flock", flock)
     for _ in range(2):
-        with files.lock(tmp_path / ".lock", lambda: pytest.fail("nobody holds it")):
+        with files.lock(tmp_path / ".lock", waiting=lambda: pytest.fail("nobody holds it")):
             pass
     assert capsys.readouterr().err.count(f"no locks in {tmp_path} (no such thing)") == 1
 
@@ -115,7 +115,7 @@ def test_a_held_lock_is_in_use(name, tmp_path, monkeypatch):
             raise OSError(getattr(errno, name), "held")
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    with files.lock(tmp_path / ".lock", lambda: calls.append("in use")):
+    with files.lock(tmp_path / ".lock", waiting=lambda: calls.append("in use")):
         assert calls == [fcntl.LOCK_EX | fcntl.LOCK_NB, "in use", fcntl.LOCK_EX]
     with pytest.raises(UserError, match="in use by another process"), open_run(tmp_path / "run"):
         pass
