@@ -14,7 +14,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from cifar_jax import _cli as cli
@@ -143,56 +143,46 @@ def _source(options, recipe) -> str | Path | None:
 def main(arguments: Sequence[str] | None = None, say=print) -> dict:
     """Parses, trains, tests, reports. Returns what `summary.json` holds. Raises `UserError`."""
     options = make_parser().parse(arguments)
-    recipe_name, recipe = cli.recipe_from(options)
-    from cifar_jax import input_pipeline
+    recipe = cli.recipe_from(options)[1]
+    from cifar_jax.input_pipeline import FEEDS
     from cifar_jax.parallel import distributed
 
-    if options.feed not in input_pipeline.FEEDS:
-        raise UserError(
-            f"unknown --feed {options.feed!r}; {nearest(options.feed, input_pipeline.FEEDS)}"
-        )
+    if options.feed not in FEEDS:
+        raise UserError(f"unknown --feed {options.feed!r}; {nearest(options.feed, FEEDS)}")
     if not options.save_minutes > 0:
         raise UserError(f"--save-minutes must be above 0, got {options.save_minutes:g}")
     cli.check_replica_options(options)
+    words = sys.argv[1:] if arguments is None else arguments
     where = (options.coordinator, options.num_processes, options.process_id)
-    apart = distributed.numbered(*where) if options.seeds else None
-    with nullcontext() if apart else distributed.joined(*where):
-        alone = arguments is None and not options.seeds  # nothing else is trained in this process
+    if options.seeds:
+        process = distributed.numbered(*where)
+        cli.start_device(options)
+        return train_many(options, words, say if process.leads else process.warn, process)
+    with distributed.joined(*where):
+        alone = arguments is None  # nothing else is trained in this process
         cli.start_device(options, recipe if alone else None)
-        words = sys.argv[1:] if arguments is None else arguments
-        return _as_one(options, recipe_name, recipe, words, say, apart)
+        return train_one(options, words, say)
 
 
-def _as_one(options, recipe_name, recipe, words: Sequence[str], say, apart) -> dict:
-    """`_main` in each of several processes; the leader alone prints and has the run directory."""
-    from cifar_jax.parallel import agreement
+def prepare(options, say, **changes) -> tuple:
+    """Returns the run that the options ask for, its directory, which is not looked at yet, and
+    lines about the weights it starts from.
 
-    if apart:  # every process writes the directories of its own runs
-        said = say if apart.leads else apart.warn
-        return _main(options, recipe_name, recipe, words, said, apart)
-    if agreement.is_leader():
-        return _main(options, recipe_name, recipe, words, say)
-    options.no_plots, options.tensorboard, options.overwrite = True, False, False
-    with tempfile.TemporaryDirectory() as scratch:
-        options.workdir = f"{scratch}/run"
-        return _main(options, recipe_name, recipe, words, lambda _: None)
+    Args:
+      **changes: of `setup.Options`, in place of what the command line says.
 
-
-def _main(options, recipe_name, recipe, words: Sequence[str], say, apart=None) -> dict:
-    from cifar_jax.parallel import agreement
-    from cifar_jax.replicas import programs as replica_programs
-    from cifar_jax.replicas import results, scheduler, shared_workdir
+    Raises:
+      UserError: all that may be refused before there is a directory.
+    """
     from cifar_jax.runtime.timing import Clock
-    from cifar_jax.training import loop
-    from cifar_jax.training import summary as run_summary
     from cifar_jax.training.setup import Options, input_shape, make_run
-    from cifar_jax.training.workdir import Config, describe_data, open_workdir
+    from cifar_jax.training.workdir import Config, describe_data
     from cifar_jax.weights import init_from
 
+    recipe_name, asked = cli.recipe_from(options)
     clock = Clock()
-    asked = recipe
     with clock("data"):
-        dataset, recipe = _load(options, recipe, say)
+        dataset, recipe = _load(options, asked, say)
     seeds = options.seeds or ()
     seed = seeds[0] if seeds else getattr(options, "seed", DEFAULT_SEED)
     config = Config(recipe_name, recipe, seed, describe_data(dataset), seeds=seeds)
@@ -204,47 +194,76 @@ def _main(options, recipe_name, recipe, words: Sequence[str], say, apart=None) -
         plots=not options.no_plots,
         tensorboard=options.tensorboard,
     )
-    if seeds:
-        form = replica_programs.choose_form(options.replica_form)
-        lowering = replica_programs.choose_lowering(form, options.conv, recipe.model)
-        run_options = dataclasses.replace(run_options, lowering=lowering, devices="1")
-    run = make_run(config, dataset, run_options, clock)
-    # All that may refuse comes before there is a directory.
+    run = make_run(config, dataset, dataclasses.replace(run_options, **changes), clock)
     source, notices = _source(options, recipe), []
     if source is not None:
-        start = init_from.load(
-            source, run.model, input_shape(recipe, config.dataset["image_shape"])
-        )
+        shape = input_shape(recipe, config.dataset["image_shape"])
+        start = init_from.load(source, run.model, shape)
         run.start_from(start.variables, start.record)
         notices = [*start.notices, ""]
     name = default_name(dataclasses.replace(run.config, recipe=asked), options.image_size)
-    workdir = absolute(options.workdir or f"runs/{name}")
-    settings = agreement.settings(run)
-    opening = [*run_summary.opening_lines(run, workdir), *notices]
-    if seeds:
-        settings |= {"replica form": form, "group size": options.group_size}
-        plan = scheduler.make_plan(
-            run, len(seeds), form, options.devices, options.group_size, process=apart
-        )
-        opening = [*scheduler.opening_lines(run, plan), *opening] if apart.leads else []
-        shown = results.results_text
-        opened = functools.partial(shared_workdir.open_shared, process=apart, settings=settings)
-    else:
-        agreement.check_same(settings)
-        shown, opened = run_summary.results_text, open_workdir
-    with opened(workdir, run.config, overwrite=options.overwrite) as resume:
+    return run, absolute(options.workdir or f"runs/{name}"), notices
+
+
+def train_one(options, words: Sequence[str], say) -> dict:
+    """One run, of one process or several, of which the leader alone prints and has the run
+    directory. Returns what `summary.json` holds."""
+    from cifar_jax.parallel import agreement
+    from cifar_jax.training import loop, summary
+    from cifar_jax.training.workdir import open_workdir
+
+    leads, changes = agreement.is_leader(), {}
+    if not leads:
+        say, changes = _silent, {"plots": False, "tensorboard": False}
+    run, workdir, notices = prepare(options, say, **changes)
+    agreement.check_same(agreement.settings(run))
+    opening = [*summary.opening_lines(run, workdir), *notices]
+    with ExitStack() as stack:
+        if not leads:
+            workdir = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "run"
+        overwrite = options.overwrite and leads
+        resume = stack.enter_context(open_workdir(workdir, run.config, overwrite=overwrite))
         resume = agreement.from_leader(resume)
-        summary = agreement.by_leader(lambda: _complete(workdir, shown, say) if resume else None)
-        if summary is not None:
-            return summary
-        for line in opening if agreement.is_leader() else ():
+        shown = summary.results_text
+        done = agreement.by_leader(lambda: _complete(workdir, shown, say) if resume else None)
+        if done is not None:
+            return done
+        for line in opening:
             say(line)
         with interruptible("cifar_jax.train", _again(words, workdir), say) as stop:
-            if seeds:
-                stop = shared_workdir.relayed(stop, workdir, apart)
-                return scheduler.train_and_test(run, plan, workdir, stop, say)
             state, trained = loop.train(run, workdir, agreement.any_of(stop), say, resume)
-        return run_summary.finish(run, workdir, state, trained, say)
+        return summary.finish(run, workdir, state, trained, say)
+
+
+def train_many(options, words: Sequence[str], say, process) -> dict:
+    """A run for each of `--seeds`, in one of several processes perhaps, which share the directory.
+    Returns what `summary.json` holds, in the leader."""
+    from cifar_jax.parallel import agreement
+    from cifar_jax.replicas import programs, results, scheduler, shared_workdir
+    from cifar_jax.training.summary import opening_lines
+
+    form = programs.choose_form(options.replica_form)
+    model = cli.recipe_from(options)[1].model
+    lowering = programs.choose_lowering(form, options.conv, model)
+    run, workdir, notices = prepare(options, say, lowering=lowering, devices="1")
+    count, size = len(options.seeds), options.group_size
+    plan = scheduler.make_plan(run, count, form, options.devices, size, process=process)
+    opening = [*scheduler.opening_lines(run, plan), *opening_lines(run, workdir), *notices]
+    settings = agreement.settings(run) | {"replica form": form, "group size": size}
+    opened = functools.partial(shared_workdir.open_shared, overwrite=options.overwrite)
+    with opened(workdir, run.config, process, settings) as resume:
+        done = _complete(workdir, results.results_text, say) if resume else None
+        if done is not None:
+            return done
+        for line in opening if process.leads else ():
+            say(line)
+        with interruptible("cifar_jax.train", _again(words, workdir), say) as stop:
+            stop = shared_workdir.relayed(stop, workdir, process)
+            return scheduler.train_and_test(run, plan, workdir, stop, say)
+
+
+def _silent(line: str) -> None:
+    """Says nothing: another process does."""
 
 
 def default_name(config, image_size: int | None = None) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 from cifar_jax import augment, input_pipeline, steps
 from cifar_jax.models import fold
 from cifar_jax.models.layer_table import format_table, summarise
-from cifar_jax.parallel import agreement, hardware
+from cifar_jax.parallel import hardware
 from cifar_jax.recipes import Recipe
 from cifar_jax.reporting import console, metrics_log, plots
 from cifar_jax.reporting.plots import attempt
@@ -153,7 +153,7 @@ def finish(run: Run, workdir: Path, state: steps.TrainState, trained: dict, say:
     say(console.first_images_lines(labels, probabilities.argmax(axis=-1), names))
     say(console.results_lines(found, split="Test"))
     if run.options.plots:
-        draw(run, workdir, agreement.own_copy(state.key), found, probabilities, say)
+        draw(run, workdir, state.key.addressable_data(0), found, probabilities, say)
     summary = metrics_log.to_json(summarize(run, trained, found))
     write_json(workdir / "summary.json", summary)
     say(console.timing_line(summary["seconds"], summary["images_per_second"]))

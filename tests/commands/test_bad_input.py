@@ -258,7 +258,8 @@ def make(place, name):
     elif name == "other-data":
         change(place, name, lambda c: c["dataset"].update(fingerprint="0" * 64))
     elif name == "no-validation":
-        change(place, name, lambda c: c["recipe"].update(validation_fraction=0.0))
+        # As many steps an epoch as the run of 480 images in batches of 60.
+        change(place, name, lambda c: c["recipe"].update(validation_fraction=0.0, batch_size=75))
     elif name == "dangling":
         (place / name).symlink_to("nowhere")
     elif name == "broken-config":

@@ -158,7 +158,7 @@ class Killed(Exception):
 
 def test_killed_or_stopped_it_goes_on_to_the_same_bits(group, tiny, tmp_path, monkeypatch):
     """In the middle of an epoch; and in groups: here as many runs as a small memory holds."""
-    monkeypatch.setattr(scheduler, "available_bytes", lambda: 0)
+    monkeypatch.setattr(scheduler, "available_bytes", lambda processes: 0)
     workdir, said, looks = tmp_path / "again", [], []
     arguments = [*RUN, "--data-dir", str(tiny), "--workdir", str(workdir)]
     arguments += words("--seeds 3:5,9 --devices 2 --save-minutes 1e-9")
@@ -180,7 +180,7 @@ def test_killed_or_stopped_it_goes_on_to_the_same_bits(group, tiny, tmp_path, mo
             train.main(arguments, say=said.append)
     assert any("2 of up to 2 runs, one after another" in line for line in said)
     # Its size was decided when it began.
-    monkeypatch.setattr(scheduler, "available_bytes", lambda: None)
+    monkeypatch.setattr(scheduler, "available_bytes", lambda processes: None)
     lengths = []
 
     def asked_to_stop(chunks, left):
