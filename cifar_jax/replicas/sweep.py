@@ -237,11 +237,14 @@ class Sweep:
         self, config, dataset, varied: Sequence[Axis], points: Sequence[dict], options, process
     ):
         from cifar_jax.replicas import programs as replica_programs
+        from cifar_jax.training.setup import Options
 
         self.config, self.dataset, self.points, self.options = config, dataset, points, options
         self.process = process
         self.programs = programs_of(points, varied)
         self.form = replica_programs.choose_form(options.replica_form)
+        lowering = replica_programs.choose_lowering(self.form, options.conv)
+        self.run_options = Options(lowering=lowering, save_minutes=options.save_minutes)
         self.count = len(points) * len(config.seeds)
 
     def train(self, workdir: Path, stop, say) -> tuple[list[dict], dict]:
@@ -252,7 +255,7 @@ class Sweep:
         from cifar_jax.reporting.console import counted
         from cifar_jax.runtime.timing import Clock
         from cifar_jax.training import setup
-        from cifar_jax.training.setup import Options, make_run
+        from cifar_jax.training.setup import make_run
 
         rows, seconds = [], {}
         runs, points = counted(self.count, "run"), counted(len(self.points), "point")
@@ -265,7 +268,7 @@ class Sweep:
             base, hparams = base_of(fixed, [point for point, _ in runs])
             config = dataclasses.replace(self.config, recipe=base, axes=None)
             lowering = replica_programs.choose_lowering(self.form, self.options.conv, base.model)
-            options = Options(lowering=lowering, save_minutes=self.options.save_minutes)
+            options = dataclasses.replace(self.run_options, lowering=lowering)
             run = make_run(config, self.dataset, options, Clock())
             members = [run.with_config(self._config_of(point, seed)) for point, seed in runs]
             plan = scheduler.make_plan(

@@ -222,7 +222,9 @@ def variables_from_torch(
         more = [f"and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
         shown = _under_prefixes(state, shapes) or "; ".join([*problems[:SHOWN], *more])
         raise UserError(f"the PyTorch weights do not fit the model: {shown}")
-    found = {entry.path: entry.from_torch(state[entry.name]) for entry in wanted}
+    by_path = {entry.path: entry for entry in wanted}
+    paths = flatten_dict(dict(variables))  # in the order of the model's own
+    found = {path: by_path[path].from_torch(state[by_path[path].name]) for path in paths}
     return {"params": {}, "batch_stats": {}, **unflatten_dict(found)}
 
 
