@@ -15,8 +15,6 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from cifar_jax.weights.state_dict import to_torch
-
 
 class TutorialCNN(nn.Module):
     """The PyTorch tutorial's network: 62,006 parameters with 10 classes."""
@@ -169,5 +167,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 
 
 def state_from_flax(params: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, torch.Tensor]:
-    """Returns the state dict that gives the PyTorch network our weights (`torch_weights`)."""
+    """Returns the state dict that gives the PyTorch network our weights (`weights.state_dict`)."""
+    from cifar_jax.weights.state_dict import to_torch  # imports JAX, which survives no fork
+
     return {name: torch.tensor(value) for name, value in to_torch(params).items()}
