@@ -192,7 +192,8 @@ def joined(
             "or give --num-processes 1 if this one is alone",
         )
         join, seconds = {}, JOIN_SECONDS
-        leads = name in _RANKS and _number(os.environ, _RANKS[name][0]) == 0
+        rank = _RANKS[name][0] if name in _RANKS else "TPU_WORKER_ID"
+        leads = _number(os.environ, rank) == 0
     else:
         yield
         return

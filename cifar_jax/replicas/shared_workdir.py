@@ -55,7 +55,8 @@ def open_shared(
             folder = workdir / "groups"
             folder.mkdir(exist_ok=True)
             write_json(folder / "stop", 0)
-            with _published(folder / "settings.json", settings):
+            shared = process.count > 1
+            with _published(folder, settings, process) if shared else contextlib.nullcontext():
                 yield resume
         return
     file, deadline = workdir / "groups" / "settings.json", time.monotonic() + seconds
@@ -76,13 +77,12 @@ def open_shared(
 
 
 @contextlib.contextmanager
-def _published(path: Path, settings: Mapping[str, Any]) -> Iterator[None]:
-    """Others find the whole file under that name, locked; one left by a dead process is not."""
-    mine = path.with_name(f".{path.name}")
+def _published(folder: Path, settings: Mapping[str, Any], process: Process) -> Iterator[None]:
+    """Others find the whole file `settings.json`, locked; one left by a dead process is not."""
+    mine = folder / ".settings.json"
     write_json(mine, settings)
-    with open(mine, "a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        os.replace(mine, path)
+    with group_lock(mine, process):
+        os.replace(mine, folder / "settings.json")
         yield
 
 

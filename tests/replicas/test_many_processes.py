@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import fcntl
 import os
 import shutil
 import signal
@@ -12,12 +13,12 @@ from test_many import assert_same
 from tiny_data import summary_of, tiny, words
 
 from cifar_jax import train
-from cifar_jax.parallel.distributed import Process
+from cifar_jax.parallel.distributed import ALONE, Process
 from cifar_jax.recipes import RECIPES
 from cifar_jax.replicas import shared_workdir
+from cifar_jax.runtime import files
 from cifar_jax.runtime.errors import UserError
-from cifar_jax.training import workdir
-from cifar_jax.training.workdir import Config, locked
+from cifar_jax.training.workdir import Config
 
 __all__ = ["tiny"]
 
@@ -108,7 +109,7 @@ def test_who_may_train_in_a_shared_workdir(tmp_path):
     (workdir / "summary.json").touch()
     with shared(workdir, 1, same) as complete:
         assert complete, "process 0 may be through already"
-    with pytest.raises(UserError, match="epochs: 10 -> 3"), shared(workdir, 1, same, epochs=3):
+    with pytest.raises(UserError, match="10 epochs, which cannot become one of --epochs 3"), shared(workdir, 1, same, epochs=3):
         pass
     with pytest.raises(UserError, match=unseen), shared(workdir, 1, same, overwrite=True):
         pass
@@ -138,9 +139,17 @@ def test_a_file_system_without_locks_is_refused(tmp_path, monkeypatch):
     def flock(file, how):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
-    monkeypatch.setattr(workdir.fcntl, "flock", flock)
-    with pytest.raises(UserError, match=r"cannot lock .*: No locks available; name a"):
-        workdir.open_workdir(tmp_path, config()).__enter__()
+    monkeypatch.setattr(fcntl, "flock", flock)
+    two = Process(0, 2)
+    for opened in (
+        shared_workdir.group_lock(tmp_path / ".lock", two),
+        shared_workdir.open_shared(tmp_path / "run", config(), two, {}, overwrite=False),
+    ):
+        with pytest.raises(UserError, match=r"cannot lock .*: no locks .*; name a"):
+            opened.__enter__()
+    # One process needs none.
+    with shared_workdir.open_shared(tmp_path / "one", config(), ALONE, {}, overwrite=False):
+        pass
 
 
 def test_groups_go_to_whoever_is_free(tmp_path, monkeypatch):
@@ -159,11 +168,11 @@ def test_groups_go_to_whoever_is_free(tmp_path, monkeypatch):
         assert next(one) == 3, "1 is taken"
         assert next(two) == 0
     assert said == []
-    with locked(tmp_path / "0" / ".lock") as mine, turns(0, 1, stop=lambda: 15) as stopped:
+    with files.lock(tmp_path / "0" / ".lock") as mine, turns(0, 1, stop=lambda: 15) as stopped:
         assert mine
         assert list(stopped) == [1, 2, 3, 4]
     hold = contextlib.ExitStack()
-    assert hold.enter_context(locked(tmp_path / "3" / ".lock"))
+    assert hold.enter_context(files.lock(tmp_path / "3" / ".lock"))
     monkeypatch.setattr(shared_workdir.time, "sleep", lambda seconds: seconds and hold.close())
     with turns(0, 1) as waiting:
         assert list(waiting) == [0, 1, 2, 4, 3], "that of a process that died"
