@@ -20,6 +20,8 @@ from cifar_jax.checkpoints import manifests
 from cifar_jax.checkpoints.save_restore import Checkpoints, restore
 from cifar_jax.runtime.errors import UserError
 
+pytestmark = pytest.mark.extended
+
 # Damage
 
 

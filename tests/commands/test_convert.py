@@ -23,6 +23,8 @@ from cifar_jax.training import evaluation
 from cifar_jax.weights import files as weight_files
 from cifar_jax.weights.state_dict import to_torch
 
+pytestmark = pytest.mark.extended
+
 torch = pytest.importorskip("torch", reason="needs PyTorch")
 
 from benchmarks.torch_models import TutorialCNN  # noqa: E402

@@ -22,6 +22,8 @@ from cifar_jax.training import evaluation, setup
 
 __all__ = ["tiny"]
 
+pytestmark = pytest.mark.extended
+
 SHAPE = (4, 4, 3)
 
 

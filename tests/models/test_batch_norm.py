@@ -22,6 +22,8 @@ from cifar_jax.steps import (
     train_step,
 )
 
+pytestmark = pytest.mark.extended
+
 LAYERS = (4, 4, "M", 6, "M")
 MODEL = VGGBatchNorm(layers=LAYERS, lowering="lax")
 OPTIMIZER = optax.sgd(0.1, momentum=0.9)

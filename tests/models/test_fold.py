@@ -23,6 +23,8 @@ from cifar_jax.weights import files as weight_files
 from cifar_jax.weights import init_from
 from cifar_jax.weights.state_dict import to_torch
 
+pytestmark = pytest.mark.extended
+
 STEPS, BATCH, CHANNELS, HIDDEN = 20, 4, 6, 8
 IMAGE = (4, 4, 3)  # two pools leave one pixel
 SGD = Recipe(learning_rate=0.05, momentum=0.9, model="vgg16")

@@ -17,6 +17,8 @@ from cifar_jax.parallel import programs
 from cifar_jax.recipes import Recipe
 from cifar_jax.runtime.errors import UserError
 
+pytestmark = pytest.mark.extended
+
 
 class Blocks(nn.Module):
     """Blocks of layers that hold far more inside than at their ends."""

@@ -14,6 +14,8 @@ import optax
 import pytest
 from quick import jit
 
+pytestmark = pytest.mark.extended
+
 torch = pytest.importorskip("torch", reason="parity is checked against PyTorch")
 
 from benchmarks import torch_models  # noqa: E402

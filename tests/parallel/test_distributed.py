@@ -24,6 +24,8 @@ from cifar_jax.runtime.errors import UserError
 
 __all__ = ["tiny"]
 
+pytestmark = pytest.mark.extended
+
 RUN = words("--recipe adam --conv lax --epochs 2 --batch-size 30 --select-best --no-plots")
 
 

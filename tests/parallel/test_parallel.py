@@ -23,6 +23,8 @@ from cifar_jax.parallel.data_parallel import (
 )
 from cifar_jax.steps import create_state, eval_step, make_preprocess, predict_step, train_step
 
+pytestmark = pytest.mark.extended
+
 BATCH, STEPS = 8, 2
 DEVICES = [2, pytest.param(4, marks=pytest.mark.slow)]
 SHAPE = (8, 8, 3)

@@ -22,6 +22,8 @@ from cifar_jax.training.workdir import Config
 
 __all__ = ["tiny"]
 
+pytestmark = pytest.mark.extended
+
 RUN = words("--recipe adam --conv lax --epochs 2 --batch-size 30 --no-plots --seeds 3:8")
 SEEDS = range(3, 8)
 
@@ -109,7 +111,10 @@ def test_who_may_train_in_a_shared_workdir(tmp_path):
     (workdir / "summary.json").touch()
     with shared(workdir, 1, same) as complete:
         assert complete, "process 0 may be through already"
-    with pytest.raises(UserError, match="10 epochs, which cannot become one of --epochs 3"), shared(workdir, 1, same, epochs=3):
+    with (
+        pytest.raises(UserError, match="10 epochs, which cannot become one of --epochs 3"),
+        shared(workdir, 1, same, epochs=3),
+    ):
         pass
     with pytest.raises(UserError, match=unseen), shared(workdir, 1, same, overwrite=True):
         pass

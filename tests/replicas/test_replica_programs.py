@@ -24,6 +24,8 @@ from cifar_jax.runtime.timing import Clock, compile_seconds
 from cifar_jax.steps import create_state, eval_step, train_step
 from cifar_jax.training import setup
 
+pytestmark = pytest.mark.extended
+
 STEPS, BATCH = 4, 4
 
 

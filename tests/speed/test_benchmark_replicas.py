@@ -5,6 +5,8 @@ import json
 import numpy as np
 import pytest
 
+pytestmark = pytest.mark.extended
+
 torch = pytest.importorskip("torch", reason="the benchmark needs torch")
 
 from benchmarks import cases, replica_sides, replicas, sides, throughput, worker  # noqa: E402

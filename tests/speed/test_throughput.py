@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 from tiny_data import tiny
 
+pytestmark = pytest.mark.extended
+
 torch = pytest.importorskip("torch", reason="the benchmark needs torch")
 
 from benchmarks import cases, sides, statistics, throughput, torch_side, worker  # noqa: E402

@@ -9,6 +9,8 @@ import types
 import numpy as np
 import pytest
 
+pytestmark = pytest.mark.extended
+
 torch = pytest.importorskip("torch", reason="the PyTorch reference needs torch")
 
 from benchmarks import torch_reference, torch_trainers  # noqa: E402

@@ -27,7 +27,7 @@ from cifar_jax.checkpoints import manifests
 
 __all__ = ["small", "tiny"]
 
-pytestmark = pytest.mark.usefixtures("small")
+pytestmark = [pytest.mark.usefixtures("small"), pytest.mark.extended]
 
 # A save after every chunk, so that kills fall into and between saves within an epoch too.
 OFTEN = words("--save-minutes 1e-6 --no-plots")

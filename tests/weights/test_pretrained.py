@@ -26,6 +26,8 @@ from cifar_jax.weights.state_dict import entries
 
 __all__ = ["tiny"]
 
+pytestmark = pytest.mark.extended
+
 
 def write_weights(path, model, seed=0):
     """Writes a state dict of the model's names and shapes; returns it."""
