@@ -154,25 +154,23 @@ class Groups:
         parts = [slice(i, i + size) for i in range(0, len(self.members), size)]
         locks = [self._complete(number).with_name(".lock") for number in range(len(parts))]
         done = set()
-        with (
-            Progress(images * len(self.members), shown=process.leads) as bar,
-            contextlib.closing(shared_workdir.turns(locks, process, stop, say)) as turns,
-        ):
+        with Progress(images * len(self.members), shown=process.leads) as bar:
             tell = bar.print if say is print else say
-            for number in turns:
-                part = parts[number]
-                count = len(self.members[part])
-                if self._is_done(number, part):
-                    bar.skip(images * count)
+            with contextlib.closing(shared_workdir.turns(locks, process, stop, tell)) as turns:
+                for number in turns:
+                    part = parts[number]
+                    count = len(self.members[part])
+                    if self._is_done(number, part):
+                        bar.skip(images * count)
+                        done.add(number)
+                        continue
+                    signal = stop()
+                    if signal and done:
+                        raise Interrupted(signal, last_step)
+                    if len(parts) > 1:
+                        tell(f"Group {number + 1} of {len(parts)}: {counted(count, 'run')}")
+                    self._train_group(number, part, stop, tell, bar)
                     done.add(number)
-                    continue
-                signal = stop()
-                if signal and done:
-                    raise Interrupted(signal, last_step)
-                if len(parts) > 1:
-                    tell(f"Group {number + 1} of {len(parts)}: {counted(count, 'run')}")
-                self._train_group(number, part, stop, tell, bar)
-                done.add(number)
         if len(done) < len(parts):
             raise Interrupted(stop(), last_step)
         return [_read(self._complete(number)) for number in range(len(parts))]

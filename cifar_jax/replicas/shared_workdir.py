@@ -52,11 +52,13 @@ def open_shared(
     """
     if process.leads:
         with open_workdir(workdir, config, overwrite=overwrite) as resume:
+            if process.count == 1:  # nobody else looks
+                yield resume
+                return
             folder = workdir / "groups"
             folder.mkdir(exist_ok=True)
             write_json(folder / "stop", 0)
-            shared = process.count > 1
-            with _published(folder, settings, process) if shared else contextlib.nullcontext():
+            with _published(folder, settings, process):
                 yield resume
         return
     file, deadline = workdir / "groups" / "settings.json", time.monotonic() + seconds
