@@ -15,7 +15,6 @@ from __future__ import annotations
 import functools
 import os
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -153,11 +152,10 @@ def _lax(x, kernel, bias, padding, pool):
     )
     if bias is None:
         return y
-    y = jax.nn.relu(y + bias.astype(x.dtype).reshape(1, 1, 1, -1))
-    if not pool:
-        return y
-    # Flax's name for it, by keyword: jax2onnx (`export.py`) gets a bare `reduce_window` wrong.
-    return nn.max_pool(y, window_shape=(2, 2), strides=(2, 2))
+    bias = bias.astype(x.dtype)
+    if pool:
+        return pool_ops.bias_relu_pool_images(y, _like(bias, y))
+    return jax.nn.relu(y + bias.reshape(1, 1, 1, -1))
 
 
 def _blocks(x, kernel, bias, padding, pool, form, block):

@@ -1,5 +1,5 @@
-"""What follows a convolution over phases: bias, relu and the 2x2 max pool, fused, with their
-gradients by hand.
+"""What follows a convolution: bias, relu and the 2x2 max pool, fused, with their gradients by hand;
+over phases (`layout.Blocked`) and over images.
 
 The gradient of the pool goes to the first largest of the four pixels, row by row, and that of
 relu at 0 is 0: what PyTorch does.
@@ -7,6 +7,7 @@ relu at 0 is 0: what PyTorch does.
 
 from __future__ import annotations
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -68,9 +69,14 @@ def _pool(y, bias):
     """Returns the pooled z and, for every window, the index 0..3 of its winner or `_DEAD`."""
     p, _, features, h, length = y.shape
     q = y.reshape(p // 2, 2, p // 2, 2, features, h, length)
-    a, b, c, d = q[:, 0, :, 0], q[:, 0, :, 1], q[:, 1, :, 0], q[:, 1, :, 1]
+    corners = q[:, 0, :, 0], q[:, 0, :, 1], q[:, 1, :, 0], q[:, 1, :, 1]
+    return _winner(*corners, bias.reshape(1, 1, -1, 1, 1))
+
+
+def _winner(a, b, c, d, bias):
+    """The pool of windows a b / c d, and which of the four won."""
     upper, lower = jnp.maximum(a, b), jnp.maximum(c, d)
-    z = _relu(jnp.maximum(upper, lower) + bias.reshape(1, 1, -1, 1, 1))
+    z = _relu(jnp.maximum(upper, lower) + bias)
     index = [jnp.int32(i) for i in range(_DEAD + 1)]
     winner = jnp.where(
         lower > upper,
@@ -101,3 +107,41 @@ def _pool_backward(winner, dz):
 
 
 bias_relu_pool.defvjp(_pool_forward, _pool_backward)
+
+
+@jax.custom_vjp
+def bias_relu_pool_images(y: jax.Array, bias: jax.Array) -> jax.Array:
+    """max over 2x2 of relu(y + bias): float [N, H, W, F] and [F] -> [N, H // 2, W // 2, F].
+
+    The gradient by hand needs no `select_and_scatter`, which a GPU runs as a kernel of its own, and
+    keeps a byte for each window instead of the pool's input.
+    """
+    # Flax's name for it, by keyword: jax2onnx (`export.py`) gets a bare `reduce_window` wrong.
+    z = jax.nn.relu(y + bias.reshape(1, 1, 1, -1))
+    return nn.max_pool(z, window_shape=(2, 2), strides=(2, 2))
+
+
+def _images_forward(y, bias):
+    n, height, width, features = y.shape
+    q = y[:, : height // 2 * 2, : width // 2 * 2]
+    q = q.reshape(n, height // 2, 2, width // 2, 2, features)
+    corners = (q[:, :, i, :, j] for i in (0, 1) for j in (0, 1))
+    z, winner = _winner(*corners, bias.reshape(1, 1, 1, -1))
+    # Of the size and the type of y, which its gradient has, an empty array tells.
+    return z, (winner.astype(jnp.int8), jnp.zeros((0, height, width, 0), y.dtype))
+
+
+def _images_backward(kept, dz):
+    winner, like = kept
+    n, rows, columns, features = winner.shape
+    code = jnp.arange(4, dtype=winner.dtype).reshape(1, 1, 2, 1, 2, 1)
+    won = winner[:, :, None, :, None] == code
+    dy = jnp.where(won, dz[:, :, None, :, None], jnp.zeros((), dz.dtype))
+    dy = dy.reshape(n, 2 * rows, 2 * columns, features)
+    odd = like.shape[1] - 2 * rows, like.shape[2] - 2 * columns
+    dy = jnp.pad(dy, ((0, 0), (0, odd[0]), (0, odd[1]), (0, 0)))
+    alive = jnp.where(winner < _DEAD, dz, jnp.zeros((), dz.dtype))
+    return dy, alive.sum(axis=(0, 1, 2))
+
+
+bias_relu_pool_images.defvjp(_images_forward, _images_backward)

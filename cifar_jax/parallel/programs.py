@@ -41,13 +41,23 @@ def empty_metrics(*shape: int) -> dict[str, jax.Array]:
     return {name: jnp.zeros(shape, jnp.float32) for name in METRICS}
 
 
-def measured_step(
-    step: Callable, state, step_metrics, examples: Examples, row: jax.Array, at: jax.Array
-):
-    """Returns the state after a step on the examples at `row` [B], and the step metrics with its
-    sums at place `at`."""
+def packed(step_metrics: dict[str, jax.Array]) -> jax.Array:
+    """Returns step metrics as one array [..., steps, 3]: a loop over steps writes one row of it,
+    not a number to each of three arrays, which a GPU would launch three kernels for."""
+    return jnp.stack([step_metrics[name] for name in METRICS], axis=-1)
+
+
+def unpacked(metrics: jax.Array) -> dict[str, jax.Array]:
+    """Returns what `packed` was given."""
+    return {name: metrics[..., i] for i, name in enumerate(METRICS)}
+
+
+def measured_step(step: Callable, state, metrics, examples: Examples, row: jax.Array, at):
+    """Returns the state after a step on the examples at `row` [B], the packed metrics [steps, 3]
+    with its sums at place `at`, and its sums [3]."""
     state, sums = step(state, examples.take(row))
-    return state, {name: step_metrics[name].at[at].set(sums[name]) for name in step_metrics}
+    sums = jnp.stack([sums[name].astype(metrics.dtype) for name in METRICS])
+    return state, metrics.at[at].set(sums), sums
 
 
 def train_many(
@@ -77,24 +87,33 @@ def train_many(
     step = functools.partial(step, **hparams)
 
     def body(i, carry):
-        return measured_step(step, *carry, examples, batch_indices[row + i], start + i)
+        return measured_step(step, *carry, examples, batch_indices[row + i], start + i)[:2]
 
-    return lax.fori_loop(0, length, body, changing)
+    state, step_metrics = changing
+    state, metrics = lax.fori_loop(0, length, body, (state, packed(step_metrics)))
+    return state, unpacked(metrics)
+
+
+def _equal_part(steps: int, most: int) -> int:
+    """Returns the length, at most `most`, of the parts that `steps` are cut into: equal ones where
+    less than twice as many parts as needed can be equal, else all equal but the last."""
+    parts = max(1, -(-steps // most))
+    equal = (n for n in range(parts, 2 * parts) if steps % n == 0)
+    return -(-steps // next(equal, parts))
 
 
 class Chunks:
     """How many steps to run before the host looks again.
 
     On a CPU the length follows the measured speed, about `seconds` a chunk: any length runs the
-    same program. Elsewhere a length is a program, so there are two of them in an epoch at most.
+    same program. Elsewhere a length is a program: all chunks of an epoch are equal where its steps
+    have a divisor for that, and of two lengths where they have none.
     """
 
     def __init__(self, steps_per_epoch: int, *, seconds: float = 0.3, most: int = 2048):
         self._adaptive = jax.default_backend() == "cpu"
         self._seconds = seconds
-        # Equal parts: the epoch's chunks are then all of one length, or of two.
-        parts = -(-steps_per_epoch // most)
-        self._length = 1 if self._adaptive else -(-steps_per_epoch // parts)
+        self._length = 1 if self._adaptive else _equal_part(steps_per_epoch, most)
 
     def next(self, left: int) -> int:
         """Returns the next chunk's length, at most `left`."""

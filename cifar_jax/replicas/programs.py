@@ -155,14 +155,19 @@ def train_until_diverged(
     def body(carry):
         i, (state, metrics, _) = carry
         batch = batch_indices[row + i]
-        state, metrics = programs.measured_step(step, state, metrics, examples, batch, start + i)
-        return i + 1, (state, metrics, jnp.isfinite(metrics["loss"][start + i]))
+        state, metrics, (loss, *_) = programs.measured_step(
+            step, state, metrics, examples, batch, start + i
+        )
+        return i + 1, (state, metrics, jnp.isfinite(loss))
 
     def goes_on(carry):
         i, (_, _, alive) = carry
         return (i < length) & alive
 
-    return lax.while_loop(goes_on, body, (jnp.zeros((), jnp.int32), changing))[1]
+    state, step_metrics, alive = changing
+    first = (jnp.zeros((), jnp.int32), (state, programs.packed(step_metrics), alive))
+    state, metrics, alive = lax.while_loop(goes_on, body, first)[1]
+    return state, programs.unpacked(metrics), alive
 
 
 def train_or_stand_still(
@@ -175,11 +180,14 @@ def train_or_stand_still(
     def body(i, carry):
         state, metrics, alive = carry
         batch = batch_indices[row + i]
-        new = programs.measured_step(step, state, metrics, examples, batch, start + i)
-        state, metrics = _where(alive, new, (state, metrics))
-        return state, metrics, alive & jnp.isfinite(metrics["loss"][start + i])
+        *new, (loss, *_) = programs.measured_step(step, state, metrics, examples, batch, start + i)
+        state, metrics = _where(alive, tuple(new), (state, metrics))
+        return state, metrics, alive & jnp.isfinite(loss)
 
-    return lax.fori_loop(0, length, body, changing)
+    state, step_metrics, alive = changing
+    first = (state, programs.packed(step_metrics), alive)
+    state, metrics, alive = lax.fori_loop(0, length, body, first)
+    return state, programs.unpacked(metrics), alive
 
 
 def train_replicas(
