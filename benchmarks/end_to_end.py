@@ -35,20 +35,22 @@ EPOCH = re.compile(r"\bepoch +(\d+)\b.*\btrain")
 
 
 def command(
-    side: str, recipe: str, epochs: int, folder: Path, data_dir: str | None, workers: int = 0
+    side: str, recipe: str, epochs: int, folder: Path, where: argparse.Namespace, workers: int = 0
 ) -> list[str]:
-    """Returns the command line of one side's whole run, writing into `folder`."""
+    """Returns the command line of one side's whole run, writing into `folder`; `where` has the
+    device, the data set and its directory."""
     words = [sys.executable, "-m"]
     if side.startswith("ours"):
-        words += ["cifar_jax.train", "--workdir", str(folder / "run")]
+        words += ["cifar_jax.train", "--workdir", str(folder / "run"), "--device", where.device]
     else:
         peer, _, threads = side.partition("@")
         words += ["benchmarks.torch_reference", "--peer", peer, "--threads", threads or "0"]
         words += ["--out", str(folder / "out.jsonl")]
+        words += ["--device", "cuda" if where.device == "gpu" else "cpu"]
         if peer == "published":
             words += ["--workers", str(workers)]
-    words += ["--recipe", recipe, "--epochs", str(epochs)]
-    return words + (["--data-dir", data_dir] if data_dir else [])
+    words += ["--recipe", recipe, "--epochs", str(epochs), "--dataset", where.dataset]
+    return words + (["--data-dir", where.data_dir] if where.data_dir else [])
 
 
 def run(words: list[str], environment: dict[str, str]) -> dict:
@@ -87,10 +89,11 @@ def run(words: list[str], environment: dict[str, str]) -> dict:
     }
 
 
-def fastest_workers(recipe: str, data_dir: str | None) -> int:
+def fastest_workers(recipe: str, where: argparse.Namespace) -> int:
     """Asks the published loop, in a process of its own, how many workers are fastest here."""
     words = [sys.executable, "-m", "benchmarks.torch_reference", "--recipe", recipe]
-    words += ["--probe-workers"] + (["--data-dir", data_dir] if data_dir else [])
+    words += ["--probe-workers", "--dataset", where.dataset]
+    words += ["--data-dir", where.data_dir] if where.data_dir else []
     found = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
     if found.returncode:
         raise UserError((found.stderr.strip() or "no output").splitlines()[-1])
@@ -98,14 +101,14 @@ def fastest_workers(recipe: str, data_dir: str | None) -> int:
 
 
 def measure(
-    side: str, recipe: str, epochs: int, cache: Path, data_dir: str | None, workers: int = 0
+    side: str, recipe: str, epochs: int, cache: Path, where: argparse.Namespace, workers: int = 0
 ) -> dict:
     """Runs one side once; `cache` holds the compiled programs of `ours`."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         used = folder / "cache" if side == "ours-cold" else cache
         environment = {"JAX_COMPILATION_CACHE_DIR": str(used)} if side.startswith("ours") else {}
-        return run(command(side, recipe, epochs, folder, data_dir, workers), environment)
+        return run(command(side, recipe, epochs, folder, where, workers), environment)
 
 
 def summary(rounds: list[dict]) -> dict:
@@ -177,6 +180,8 @@ def main() -> None:
     )
     parser.add_argument("--runs", default=RUNS, help="RECIPE:EPOCHS,...")
     parser.add_argument("--sides", default=SIDES, help="by commas")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "gpu"))
+    parser.add_argument("--dataset", default="cifar10", help="any prepared set of 32x32 images")
     parser.add_argument("--rounds", type=int, default=1, help="whole runs of each side")
     parser.add_argument("--data-dir", default=None, help="directory of prepared data sets")
     parser.add_argument("--out", type=Path, help="result file (JSON), written after each run")
@@ -193,7 +198,8 @@ def benchmark(args: argparse.Namespace) -> dict:
     """Runs all commands, sides in turn within a round, and returns what `table` shows."""
     result = {
         **results.header(),
-        "dataset": "cifar10",
+        "dataset": args.dataset,
+        "device": args.device,
         "rounds": args.rounds,
         "runs": [],
         "not_run": [],
@@ -202,14 +208,14 @@ def benchmark(args: argparse.Namespace) -> dict:
     with tempfile.TemporaryDirectory() as cache:
         for recipe, epochs in runs_from(args.runs):
             found: dict[str, list[dict]] = {}
-            workers = fastest_workers(recipe, args.data_dir) if "published" in sides else 0
+            workers = fastest_workers(recipe, args) if "published" in sides else 0
             if "ours" in sides:
-                measure("ours", recipe, 1, Path(cache), args.data_dir)  # fills the cache
+                measure("ours", recipe, 1, Path(cache), args)  # fills the cache
             for number in range(args.rounds):
                 for side in sides[number % len(sides) :] + sides[: number % len(sides)]:
                     print(f"{recipe}, {epochs} epochs: {side}", file=sys.stderr, flush=True)
                     try:
-                        taken = measure(side, recipe, epochs, Path(cache), args.data_dir, workers)
+                        taken = measure(side, recipe, epochs, Path(cache), args, workers)
                     except UserError as error:
                         if side.startswith("ours"):
                             raise

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.cases import Case, full_batches
-from benchmarks.sides import Side, compared_steps, plain_step
+from benchmarks.sides import Side, compared_steps, full_float32, plain_step
 from benchmarks.torch_side import read_weights
 
 
@@ -86,7 +86,8 @@ class OurReplicas(ReplicaSide):
         count = min(compared_steps(recipe), self.orders.shape[1])
         self.changing = fresh()
         self.train = replica_programs.compile_training(plain_step(run), self.form, mesh)
-        self.steps(0, count)
+        with full_float32():
+            self.steps(0, count)
         metrics = {name: np.asarray(values[0][:count]) for name, values in self.changing[1].items()}
         self.changing = fresh()
         self.train = replica_programs.make_programs(run, self.form, mesh).train
@@ -128,6 +129,7 @@ class TorchReplicas(ReplicaSide):
         import torch
         from torch import nn
 
+        from benchmarks import torch_trainers
         from benchmarks.torch_trainers import EagerTrainer, NotRun
 
         if precision != "float32":
@@ -151,7 +153,8 @@ class TorchReplicas(ReplicaSide):
         rates = [m.p for m in one.model.modules() if isinstance(m, nn.Dropout)]
         self._set_dropout([0.0] * len(rates))
         self._start(recipe)
-        losses = [float(self._step(row)[0]) for row in range(count)]
+        with torch_trainers.full_float32():
+            losses = [float(self._step(row)[0]) for row in range(count)]
         self._set_dropout(rates)
         self._start(recipe)
         self.size_chunk(0.1, min(512, self.orders.shape[1]), first=2)

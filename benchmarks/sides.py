@@ -6,6 +6,7 @@ whole evaluations), synchronised at both ends, and returns images and seconds.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import time
 from pathlib import Path
@@ -37,6 +38,14 @@ def plain_step(run):
         optimizer=optimizers.make_optimizer(recipe, run.steps_per_epoch),
         preprocess=steps.make_preprocess(recipe.normalize, (), recipe.precision),
     )
+
+
+def full_float32():
+    """No TensorFloat-32 inside, on a GPU: for losses that are compared (`torch_trainers`)."""
+    import jax
+
+    on_cpu = jax.default_backend() == "cpu"
+    return contextlib.nullcontext() if on_cpu else jax.default_matmul_precision("highest")
 
 
 class Side:
@@ -143,7 +152,8 @@ class Ours(Side):
             self.order = jax.device_put(input_pipeline.batches(positions, case.batch_size))
             self.variables = steps.inference_variables(self.state)
             self.dispatch = functools.partial(self._evaluate, len(split))
-            self._evaluate(0)
+            with full_float32():
+                self._evaluate(0)
             losses = [float(self.pending["loss"]) / len(split)]
         self.warm_up(seconds)
         return {
@@ -174,7 +184,9 @@ class Ours(Side):
             train_many = programs.compile_training(plain_step(self.run), mesh=self.run.mesh)
         count = min(compared_steps(recipe), self.rows)
         copy = jax.tree.map(jnp.copy, self.state)
-        _, metrics = train_many((copy, self._empty_metrics()), self.data, self.order, 0, 0, count)
+        changing = (copy, self._empty_metrics())
+        with full_float32():
+            _, metrics = train_many(changing, self.data, self.order, 0, 0, count)
         sums = {name: np.asarray(values)[:count] for name, values in metrics.items()}
         return (sums["loss"] / sums["count"]).tolist()
 
@@ -238,7 +250,8 @@ class OurStep(Ours):
         step, losses = self._jitted(plain_step(self.run)), []
         state = jax.tree.map(jnp.copy, self.state)
         for row in range(min(compared_steps(recipe), self.rows)):
-            state, sums = step(state, self.data, self.order, np.int32(row))
+            with full_float32():
+                state, sums = step(state, self.data, self.order, np.int32(row))
             losses.append(float(sums["loss"] / sums["count"]))
         return losses
 

@@ -193,6 +193,7 @@ def main() -> None:
     parser.add_argument("--seeds", default="0:1", help="0:8 or 1,5,9")
     parser.add_argument("--out", type=Path, help="JSON lines, appended to")
     parser.add_argument("--threads", type=int, default=0, help="PyTorch's threads; 0: its own")
+    parser.add_argument("--dataset", default=None, help="instead of the recipe's")
     parser.add_argument("--epochs", type=int, default=None, help="instead of the recipe's")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--workers", type=int, help="the published loop's; default: the fastest")
@@ -205,6 +206,8 @@ def main() -> None:
     recipe = lookup(RECIPES, args.recipe, "recipe")
     if args.epochs is not None:
         recipe = recipe.replace(epochs=args.epochs)
+    if args.dataset is not None:
+        recipe = recipe.replace(dataset=args.dataset)
     lookup(PEERS, args.peer, "peer")
     seeds = seeds_from(args.seeds)
     if args.out is None and not args.probe_workers:

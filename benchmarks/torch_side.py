@@ -69,6 +69,7 @@ class PyTorch(Side):
         from torch import nn
 
         from benchmarks.torch_published import PublishedTrainer
+        from benchmarks.torch_trainers import full_float32
 
         order = full_batches(len(split), case.batch_size)
         published = isinstance(self.trainer, PublishedTrainer)
@@ -76,15 +77,18 @@ class PyTorch(Side):
             few = order[: max(3, 4000 // case.batch_size)]
             self.trainer.workers = self.trainer.fastest_worker_count(few)
         compared = self.trainer
-        if any(isinstance(module, nn.Dropout) for module in self.trainer.model.modules()):
-            # Masks differ between the sides: compared without dropout, on a copy.
+        dropout = any(isinstance(module, nn.Dropout) for module in self.trainer.model.modules())
+        if dropout or self.device == "cuda":
+            # On a copy, without dropout: masks differ between the sides. What a GPU's trainer
+            # compiles or captures for the comparison is of another precision.
             compared = make(split.images, split.labels)
             for module in compared.model.modules():
                 if isinstance(module, nn.Dropout):
                     module.p = 0.0
             if published:
                 compared.workers = self.trainer.workers
-        losses = compared.run(order[: compared_steps(case.settings())]).tolist()
+        with full_float32():
+            losses = compared.run(order[: compared_steps(case.settings())]).tolist()
         if published:
             # One loader for good: starting its workers counts for no window.
             self.stream = self.trainer.steps(itertools.cycle(order))
@@ -96,6 +100,8 @@ class PyTorch(Side):
         return losses
 
     def _prepare_evaluation(self, case: Case, data) -> list[float]:
+        from benchmarks.torch_trainers import full_float32
+
         if hasattr(self.trainer, "worker_counts"):
             seconds = {}
             for workers in self.trainer.worker_counts:
@@ -105,7 +111,8 @@ class PyTorch(Side):
                 seconds[workers] = time.perf_counter() - start
             self.trainer.workers = min(seconds, key=seconds.get)
         self.dispatch = functools.partial(self._evaluate, data, case.batch_size)
-        return [self.trainer.evaluate(data, case.batch_size)["loss"]]
+        with full_float32():
+            return [self.trainer.evaluate(data, case.batch_size)["loss"]]
 
     def _train(self) -> int:
         if self.row + self.chunk > len(self.order):

@@ -61,6 +61,23 @@ def check_recipe(recipe: Recipe) -> None:
             raise UserError(f"the PyTorch reference has no {name}; leave it at its default")
 
 
+def allow_tf32(allowed: bool) -> None:
+    """Says whether a GPU may round the factors of products and convolutions to TensorFloat-32. JAX
+    does by default, PyTorch in convolutions only; timed, both do."""
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    torch.backends.cudnn.allow_tf32 = allowed
+
+
+@contextlib.contextmanager
+def full_float32():
+    """No TensorFloat-32 inside: for losses that are compared."""
+    allow_tf32(False)
+    try:
+        yield
+    finally:
+        allow_tf32(True)
+
+
 class Trainer:
     """One training run: model, optimiser and where the images are.
 
@@ -90,6 +107,9 @@ class Trainer:
         check_recipe(recipe)
         if device == "cuda" and not torch.cuda.is_available():
             raise NotRun("no GPU that PyTorch can use")
+        if device == "cuda":
+            allow_tf32(True)
+            torch.backends.cudnn.benchmark = True  # convolutions chosen by measurement, as XLA's
         torch.manual_seed(seed)
         self.recipe, self.device, self.channels_last = recipe, device, channels_last
         self.model = lookup(MODELS, recipe.model, "model")()

@@ -1,5 +1,6 @@
 """Whole commands timed from outside, and the least work of a step."""
 
+import argparse
 import json
 import sys
 
@@ -38,14 +39,20 @@ def test_a_failing_command_says_its_last_line():
 
 
 def test_commands_name_the_side(tmp_path):
-    ours = end_to_end.command("ours-cold", "adam", 2, tmp_path, "data")
+    def place(device, data_dir=None):
+        return argparse.Namespace(device=device, dataset="cifar10", data_dir=data_dir)
+
+    ours = end_to_end.command("ours-cold", "adam", 2, tmp_path, place("gpu", "data"))
     assert ours[2] == "cifar_jax.train"
     assert ours[-2:] == ["--data-dir", "data"]
-    peer = end_to_end.command("eager@1", "adam", 2, tmp_path, None)
+    assert ours[ours.index("--device") + 1] == "gpu"
+    peer = end_to_end.command("eager@1", "adam", 2, tmp_path, place("gpu"))
     assert peer[peer.index("--threads") + 1] == "1"
+    assert peer[peer.index("--device") + 1] == "cuda"
     assert "--workers" not in peer
-    published = end_to_end.command("published", "adam", 2, tmp_path, None, workers=2)
+    published = end_to_end.command("published", "adam", 2, tmp_path, place("cpu"), workers=2)
     assert published[published.index("--workers") + 1] == "2"
+    assert published[published.index("--device") + 1] == "cpu"
 
 
 @pytest.mark.parametrize(

@@ -295,7 +295,12 @@ def compile_evaluation(
         return summed(variables, examples, batch_indices)
 
     jitted = jax.jit(program, compiler_options=compiler_options())
-    return lambda *arrays: jitted(*_to_processes(arrays, mesh))
+
+    def run(variables, examples, batch_indices):
+        return jitted(*_to_processes((variables, examples, batch_indices), mesh))
+
+    run.jitted = jitted
+    return run
 
 
 def compile_prediction(step: Callable, mesh: Mesh | None = None) -> Callable:
