@@ -8,7 +8,7 @@ import typing
 from collections.abc import Iterable, Iterator, Sequence
 
 from cifar_jax.models import MODELS
-from cifar_jax.recipes import MODEL_RECIPES, RECIPES, Recipe, option_of, parse_names
+from cifar_jax.recipes import MODEL_RECIPES, RECIPES, TTA_NAMES, Recipe, option_of, parse_names
 from cifar_jax.runtime.errors import UserError, lookup, nearest
 from cifar_jax.runtime.files import expanded
 
@@ -171,6 +171,13 @@ def add_data_options(parser: Parser) -> None:
     )
     group.add_argument("--image-size", type=positive, help="resize images of another size to this")
     group.add_argument("--no-download", action="store_true", help="never go to the network")
+
+
+def add_tta(parser: Parser) -> None:
+    """Adds test-time augmentation other than the recipe's."""
+    parser.add_argument(
+        "--tta", help=f"views of an image: {', '.join(TTA_NAMES)} (default: as the recipe says)"
+    )
 
 
 def add_test_fraction(parser: Parser) -> None:

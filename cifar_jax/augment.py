@@ -6,10 +6,14 @@ All are pure and jittable, [N, H, W, C] in and out. Augmentations draw from one 
 
 from __future__ import annotations
 
+import functools
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cifar_jax.recipes import TTA_NAMES
 from cifar_jax.runtime.errors import UserError, lookup
 
 # name -> (mean, standard deviation) of each channel on the [0, 1] scale.
@@ -99,25 +103,138 @@ def random_cutout(image: jax.Array, key: jax.Array, size: int = 8) -> jax.Array:
     return jnp.where(hit, jnp.zeros_like(image), image)
 
 
+class OfRun(NamedTuple):
+    """What an augmentation that is not new in every step draws from.
+
+    Attributes:
+      key: the run's typed PRNG key (`TrainState.key`).
+      epoch: int32 scalar, from 0.
+      index: int32 [N], the images' positions in the data set.
+    """
+
+    key: jax.Array
+    epoch: jax.Array
+    index: jax.Array
+
+
+_FLIPS = 0x666C6970  # folded into the run's key, so that no step's draws are these
+
+
+def alternating_flip(images: jax.Array, of_run: OfRun) -> jax.Array:
+    """Mirrors half of all images [N, H, W, C] in even epochs and the others in odd ones: each draws
+    once, by its place in the data set, and all are mirrored in every other epoch (Jordan,
+    arXiv:2404.00498, section 3.6)."""
+    key = jax.random.fold_in(of_run.key, _FLIPS)
+    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(of_run.index)
+    first = jax.vmap(jax.random.bernoulli)(keys)
+    mirrored = first ^ (of_run.epoch % 2 == 1)
+    return jnp.where(mirrored[:, None, None, None], images[:, :, ::-1], images)
+
+
 AUGMENTATIONS = {"cutout": random_cutout, "flip": random_flip, "translate": random_translate}
+BY_RUN = {"alternating_flip": alternating_flip}
+
+
+def check(names: tuple[str, ...]) -> None:
+    """Raises `UserError` for a name that is of no augmentation."""
+    for name in names:
+        lookup(AUGMENTATIONS | BY_RUN, name, "augmentation")
 
 
 def augment(
-    images: jax.Array, names: tuple[str, ...], key: jax.Array, first_example: int | jax.Array = 0
+    images: jax.Array,
+    names: tuple[str, ...],
+    key: jax.Array,
+    first_example: int | jax.Array = 0,
+    *,
+    translate_pixels: int = 4,
+    cutout_size: int = 8,
+    of_run: OfRun | None = None,
 ) -> jax.Array:
     """Applies the named augmentations, in order, to normalised images [N, H, W, C].
 
     Args:
       key: typed PRNG key of this step.
       first_example: position of images[0] in the global batch.
+      translate_pixels, cutout_size: of `random_translate` and `random_cutout`.
+      of_run: what those of `BY_RUN` draw from.
 
     Raises:
-      UserError: unknown augmentation.
+      UserError: unknown augmentation, images too small for it, or one of `BY_RUN` without `of_run`.
     """
-    functions = [lookup(AUGMENTATIONS, name, "augmentation") for name in names]
+    check(names)
+    side = min(images.shape[1:3])
+    if "translate" in names and translate_pixels >= side:
+        raise UserError(
+            f"--translate-pixels {translate_pixels} reflects more than images of {side} pixels have"
+        )
+    if "cutout" in names and cutout_size > side:
+        raise UserError(f"--cutout-size {cutout_size} is more than images of {side} pixels have")
+    options = {"translate": {"pixels": translate_pixels}, "cutout": {"size": cutout_size}}
     positions = jnp.arange(images.shape[0], dtype=jnp.int32) + first_example
-    for salt, function in enumerate(functions):
+    for salt, name in enumerate(names):
+        if name in BY_RUN:
+            if of_run is None:
+                raise UserError(f"{name} needs the images' places in the data set: batch['index']")
+            images = BY_RUN[name](images, of_run)
+            continue
+        function = functools.partial(AUGMENTATIONS[name], **options.get(name, {}))
         salted = jax.random.fold_in(key, salt)
         keys = jax.vmap(lambda i, base=salted: jax.random.fold_in(base, i))(positions)
         images = jax.vmap(function)(images, keys)
     return images
+
+
+def views(images: jax.Array, tta: str) -> tuple[jax.Array, tuple[float, ...]]:
+    """Returns the views [V, N, H, W, C] of images [N, H, W, C] that test-time augmentation
+    averages, and the weight of each.
+
+    `mirror` is the image and its mirror image; `mirror-shift` both of these at their place (1/2)
+    and, edges filled by reflection, one pixel down and right and one up and left (1/4 each), as
+    airbench's `infer_mirror_translate`.
+
+    Raises:
+      UserError: an unknown name, or images of a single row or column.
+    """
+    if tta not in ("mirror", "mirror-shift"):
+        lookup({name: None for name in TTA_NAMES}, tta, "tta")
+        return images[None], (1.0,)
+    height, width = images.shape[1:3]
+    if min(height, width) < 2:
+        raise UserError(f"--tta {tta} cannot shift images of {height}x{width} pixels")
+    shifted = [images]
+    if tta == "mirror-shift":
+        padded = jnp.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="reflect")
+        shifted += [padded[:, i : i + height, i : i + width] for i in (0, 2)]
+    weights = (0.5, 0.25, 0.25) if len(shifted) > 1 else (1.0,)
+    both = [view for x in shifted for view in (x, x[:, :, ::-1])]
+    return jnp.stack(both), tuple(w / 2 for w in weights for _ in range(2))
+
+
+WHITENING_EPSILON = 5e-4
+
+
+def whitening_kernel(images: np.ndarray, size: int) -> np.ndarray:
+    """Returns the kernel float32 [size, size, C, 2 D] of a convolution that whitens the patches of
+    normalised images [N, H, W, C], D = size * size * C, and its negative.
+
+    Filter i is eigenvector i of the patches' second moment by 1 / sqrt(eigenvalue + 5e-4), with the
+    eigenvalues rising. The eigenvectors' signs are LAPACK's, so another machine may have others.
+
+    Raises:
+      UserError: fewer patches than D.
+    """
+    x = np.asarray(images, np.float64)
+    height, width = x.shape[1] - size + 1, x.shape[2] - size + 1
+    cut = [x[:, i : i + height, j : j + width] for i in range(size) for j in range(size)]
+    patches = np.concatenate(cut, axis=-1)
+    patches = patches.reshape(-1, patches.shape[-1])
+    if len(patches) < patches.shape[1]:
+        raise UserError(
+            f"--whitening-images {len(x)} gives {len(patches)} patches of {size}x{size}: it takes "
+            f"{patches.shape[1]} or more"
+        )
+    values, vectors = np.linalg.eigh(patches.T @ patches / len(patches))
+    kernel = vectors / np.sqrt(np.maximum(values, 0) + WHITENING_EPSILON)
+    kernel = np.concatenate([kernel, -kernel], axis=1)
+    return kernel.reshape(size, size, x.shape[3], -1).astype(np.float32)

@@ -21,6 +21,7 @@ def make_parser() -> cli.Parser:
         "--split", default="test", help="split to evaluate; validation is what the run held out"
     )
     parser.add_argument("--batch-size", type=cli.positive, default=500, help="images in a batch")
+    cli.add_tta(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     cli.add_data_options(parser)
     cli.add_device_options(parser)
@@ -76,7 +77,7 @@ def main(arguments: Sequence[str] | None = None, say=print) -> dict:
     dataset, split = _load(options, trained.config)
     evaluation.check_fits(trained, dataset)
     found, _ = evaluation.evaluate_split(
-        *evaluation.programs(trained, options.devices, options.batch_size),
+        *evaluation.programs(trained, options.devices, options.batch_size, options.tta),
         trained.variables,
         split,
         dataset.class_names,

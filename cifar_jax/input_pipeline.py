@@ -58,9 +58,14 @@ def batches(positions: np.ndarray, batch_size: int) -> np.ndarray:
     return order.reshape(steps, batch_size)
 
 
-def epoch_order(key: jax.Array, epoch: int, positions: np.ndarray, batch_size: int) -> np.ndarray:
-    """Returns the shuffled order of one epoch: a permutation from `fold_in(key, epoch)`."""
+def epoch_order(
+    key: jax.Array, epoch: int, positions: np.ndarray, batch_size: int, drop_last: bool = False
+) -> np.ndarray:
+    """Returns the shuffled order of one epoch: a permutation from `fold_in(key, epoch)`; with
+    `drop_last` without a last batch that holds fewer."""
     shuffle = np.asarray(jax.random.permutation(jax.random.fold_in(key, epoch), len(positions)))
+    if drop_last:
+        shuffle = shuffle[: len(positions) // batch_size * batch_size]
     return batches(positions[shuffle], batch_size)
 
 
@@ -133,7 +138,8 @@ def stream(
 
 def _example(source, i: int) -> dict[str, np.ndarray]:
     example = source[i]
-    return {"image": np.asarray(example["image"]), "label": np.int32(example["label"])}
+    image, label = np.asarray(example["image"]), np.int32(example["label"])
+    return {"image": image, "label": label, "index": np.int32(i)}
 
 
 # Random access to single records of a prepared set, for feeds that decode as they go.

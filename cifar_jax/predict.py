@@ -31,6 +31,7 @@ def make_parser() -> cli.Parser:
     parser.add_argument("--checkpoint", help="best, latest or a step (default: as the recipe says)")
     parser.add_argument("--top-k", type=cli.positive, default=3, help="classes to show an image")
     parser.add_argument("--batch-size", type=cli.positive, default=256, help="images in a batch")
+    cli.add_tta(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object an image")
     cli.add_device_options(parser)
     return parser
@@ -196,7 +197,7 @@ def main(arguments: Sequence[str] | None = None, say=print) -> list[dict]:
         print(f"warning: {line}", file=sys.stderr)
     height, width = trained.config.dataset["image_shape"][:2]
     size = min(options.batch_size, len(paths))
-    _, predict = evaluation.programs(trained, options.devices, size)
+    _, predict = evaluation.programs(trained, options.devices, size, options.tta)
     names, results = trained.class_names, []
     for start in range(0, len(paths), size):
         chosen = []

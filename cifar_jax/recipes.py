@@ -11,10 +11,15 @@ import math
 
 from cifar_jax.runtime.errors import UserError, nearest
 
-OPTIMIZER_NAMES = ("adam", "adamw", "sgd")
-SCHEDULE_NAMES = ("constant", "cosine", "onecycle", "step")
-TO_THE_END = ("cosine", "onecycle")  # schedules whose rates depend on the number of epochs
+OPTIMIZER_NAMES = ("adam", "adamw", "muon", "sgd")
+SCHEDULE_NAMES = ("constant", "cosine", "linear", "onecycle", "step")
+TO_THE_END = (
+    "cosine",
+    "linear",
+    "onecycle",
+)  # schedules whose rates depend on the number of epochs
 PRECISIONS = ("float32", "bfloat16")
+TTA_NAMES = ("none", "mirror", "mirror-shift")
 
 
 def setting(
@@ -51,8 +56,13 @@ class Recipe:
         "half", "half ([-1, 1]), unit ([0, 1]), cifar10 or imagenet statistics"
     )
     augment: tuple[str, ...] = setting(
-        (), "transforms of training images, in order: cutout, flip, translate"
+        (),
+        "transforms of training images, in order: alternating_flip, cutout, flip, translate",
     )
+    translate_pixels: int = setting(
+        4, "largest shift of translate, each way, in pixels", low=1, high=1024
+    )
+    cutout_size: int = setting(8, "side of the square of cutout, in pixels", low=1, high=4096)
     validation_fraction: float = setting(
         0.0, "share of the training images held out at random", low=0, high=0.95
     )
@@ -60,20 +70,38 @@ class Recipe:
     batch_size: int = setting(
         4, "images in a step; an epoch's last may hold fewer", low=1, high=1_000_000
     )
+    drop_last: bool = setting(False, "leave out an epoch's last batch where it holds fewer")
     eval_batch_size: int = setting(
         500, "images in an evaluation batch (results do not depend on it)", low=1, high=1_000_000
     )
-    optimizer: str = setting("sgd", "sgd, adam or adamw", choices=OPTIMIZER_NAMES)
+    optimizer: str = setting(
+        "sgd",
+        "sgd, adam, adamw, or muon: convolutions by Muon, all other layers by sgd",
+        choices=OPTIMIZER_NAMES,
+    )
     learning_rate: float = setting(0.001, "peak rate of the schedule", low=0, high=1000)
     momentum: float = setting(
         0.0, "of sgd; 0 is plain SGD, and adam ignores it", low=0, high=0.99999
     )
+    muon_momentum: float = setting(0.6, "momentum of what muon trains", low=0, high=0.99999)
     nesterov: bool = setting(False, "Nesterov's form of the momentum")
+    rescale_filters: bool = setting(
+        False, "before each step, scale a convolution's kernel to norm sqrt(output channels)"
+    )
     weight_decay: float = setting(
-        0.0, "added to the gradient by sgd and adam, decoupled in adamw", low=0, high=10
+        0.0,
+        "added to the gradient by sgd and adam, decoupled in adamw, none of what muon trains",
+        low=0,
+        high=10,
+    )
+    decay_scale: tuple[str, ...] = setting((), "prefix=factor: layers with another weight decay")
+    loss_reduction: str = setting(
+        "mean",
+        "mean or sum: over the batch, of the loss whose gradient is taken",
+        choices=("mean", "sum"),
     )
     schedule: str = setting(
-        "constant", "constant, cosine, onecycle or step", choices=SCHEDULE_NAMES
+        "constant", "constant, cosine, linear, onecycle or step", choices=SCHEDULE_NAMES
     )
     warmup_epochs: float = setting(0.0, "linear warm-up from 0", low=0, high=100_000)
     step_epochs: float = setting(
@@ -107,6 +135,20 @@ class Recipe:
     )
     freeze: tuple[str, ...] = setting((), "beginnings of names of layers that are not trained")
     rate_scale: tuple[str, ...] = setting((), "prefix=factor: layers with another learning rate")
+    rate_epochs: tuple[str, ...] = setting(
+        (), "prefix=epochs: layers whose schedule is that of so many epochs; then their rate is 0"
+    )
+    whitening_images: int = setting(
+        0,
+        "training images whose patches give the kernel of a whitening layer; 0 draws it",
+        low=0,
+        high=100_000_000,
+    )
+    tta: str = setting(
+        "none",
+        "test-time augmentation: none, mirror, or mirror-shift; the mean of the views' logits",
+        choices=TTA_NAMES,
+    )
     accumulate: int = setting(
         1, "microbatches of a step, one after another, for small memories", low=1, high=1_000_000
     )
@@ -143,6 +185,16 @@ class Recipe:
         """`rate_scale` as {prefix: factor}. Raises `UserError` where an entry is none."""
         return dict(_rate_scale(entry) for entry in self.rate_scale)
 
+    @property
+    def decay_scales(self) -> dict[str, float]:
+        """`decay_scale`, likewise."""
+        return dict(_prefixed("--decay-scale", e, "head=0.1") for e in self.decay_scale)
+
+    @property
+    def rates_epochs(self) -> dict[str, float]:
+        """`rate_epochs`, likewise."""
+        return dict(_prefixed("--rate-epochs", e, "head=3", above=0) for e in self.rate_epochs)
+
 
 def option_of(name: str) -> str:
     """Returns the command-line option of a field: `--batch-size` of `batch_size`."""
@@ -164,14 +216,24 @@ def settings_table() -> str:
     return "\n".join(rows)
 
 
-def _rate_scale(entry: str) -> tuple[str, float]:
-    prefix, _, factor = entry.partition("=")
+def _prefixed(option: str, entry: str, example: str, *, above: float = -1.0) -> tuple[str, float]:
+    """Parses `prefix=number`: at least 0, or greater than `above`, and at most 100,000."""
+    prefix, _, number = entry.partition("=")
     try:
-        value = float(factor)
+        value = float(number)
     except ValueError:
         value = math.nan
     if not prefix or math.isnan(value):
-        raise UserError(f"--rate-scale takes prefix=factor, as features=0.1; got {entry!r}")
+        what = f"prefix={'epochs' if option == '--rate-epochs' else 'factor'}"
+        raise UserError(f"{option} takes {what}, as {example}; got {entry!r}")
+    if not max(above, 0) <= value <= 100_000 or value == above:
+        bound = "at least 0" if above < 0 else f"above {above:g}"
+        raise UserError(f"{option} {entry}: the number must be {bound} and at most 100000")
+    return prefix, value
+
+
+def _rate_scale(entry: str) -> tuple[str, float]:
+    prefix, value = _prefixed("--rate-scale", entry, "features=0.1")
     if not 0 < value <= 1000:
         raise UserError(
             f"--rate-scale {entry}: the factor must be above 0 and at most 1000; "
@@ -206,12 +268,18 @@ def check(recipe: Recipe) -> None:
         value, choices = getattr(recipe, field.name), field.metadata["choices"]
         if choices and value not in choices:
             raise UserError(f"unknown {field.name} {value!r}; {nearest(value, choices)}")
-    if recipe.nesterov and (recipe.optimizer != "sgd" or recipe.momentum == 0):
-        raise UserError("--nesterov needs --optimizer sgd and a --momentum above 0")
+    if recipe.nesterov and (recipe.optimizer not in ("sgd", "muon") or recipe.momentum == 0):
+        raise UserError("--nesterov needs --optimizer sgd or muon and a --momentum above 0")
     if recipe.select_best and recipe.validation_fraction == 0:
         raise UserError("--select-best needs validation images: set --validation-fraction")
-    if len(recipe.rate_scales) < len(recipe.rate_scale):
-        raise UserError(f"--rate-scale {','.join(recipe.rate_scale)} names a prefix twice")
+    for name, found in (
+        ("rate_scale", recipe.rate_scales),
+        ("decay_scale", recipe.decay_scales),
+        ("rate_epochs", recipe.rates_epochs),
+    ):
+        given = getattr(recipe, name)
+        if len(found) < len(given):
+            raise UserError(f"{option_of(name)} {','.join(given)} names a prefix twice")
     if recipe.accumulate > recipe.batch_size:
         raise UserError(
             f"--accumulate {recipe.accumulate} cuts finer than --batch-size {recipe.batch_size}"
@@ -236,6 +304,8 @@ _FROM_SCRATCH = Recipe(
     schedule="cosine",
     warmup_epochs=1.0,
 )
+
+_NORMS = ("layers_1/norm", "layers_2/norm", "layers_3/norm")  # of airbench's groups
 
 RECIPES: dict[str, Recipe] = {
     # python -m cifar_jax.train --recipe tutorial
@@ -303,6 +373,39 @@ RECIPES: dict[str, Recipe] = {
     # python -m cifar_jax.train --model vgg11_bn
     "vgg16_bn": _FROM_SCRATCH.replace(model="vgg16_bn"),
     "vgg11_bn": _FROM_SCRATCH.replace(model="vgg11_bn"),
+    # python -m cifar_jax.train --model airbench
+    # KellerJordan/cifar10-airbench, `airbench94_muon.py` (2024), after arXiv:2404.00498. Published:
+    # mean test accuracy 94.01 % over 200 runs with `tta` mirror-shift, in 2.59 s on an A100.
+    # Its rates: filters .24 (by Muon), biases .053, the head .67; its decay is 2e-6 * 2000 / rate.
+    "airbench94": Recipe(
+        model="airbench",
+        normalize="cifar10",
+        augment=("alternating_flip", "translate"),
+        translate_pixels=2,
+        epochs=8,
+        batch_size=2000,
+        drop_last=True,
+        eval_batch_size=2000,
+        optimizer="muon",
+        learning_rate=0.24,
+        momentum=0.85,
+        muon_momentum=0.6,
+        nesterov=True,
+        rescale_filters=True,
+        weight_decay=0.004,
+        decay_scale=(f"head={1 / 0.67!r}", *(f"{g}={1 / 0.053!r}" for g in ("whiten", "layers"))),
+        loss_reduction="sum",
+        schedule="linear",
+        label_smoothing=0.2,
+        freeze=("whiten/kernel",),
+        rate_scale=(
+            f"head={0.67 / 0.24!r}",
+            *(f"{g}={0.053 / 0.24!r}" for g in ("whiten", *_NORMS)),
+        ),
+        rate_epochs=("whiten=3",),
+        whitening_images=5000,
+        tta="mirror-shift",
+    ),
 }
 
 # The recipe that `--model X` means when no recipe is named.
@@ -313,6 +416,7 @@ MODEL_RECIPES = {
     "vgg16": "vgg16_finetune",
     "vgg11_bn": "vgg11_bn",
     "vgg16_bn": "vgg16_bn",
+    "airbench": "airbench94",
 }
 
 

@@ -21,7 +21,7 @@ from jax import lax
 
 from cifar_jax import augment as augmentations
 from cifar_jax import optimizers
-from cifar_jax.models import init, mode
+from cifar_jax.models import init, mode, takes
 from cifar_jax.models.layers import BY_EXAMPLE
 from cifar_jax.ops import averaging
 from cifar_jax.ops.all_reduce import sum_over
@@ -104,15 +104,28 @@ def make_preprocess(
     augment: tuple[str, ...] = (),
     precision: str = "float32",
     resize: int = 0,
+    steps_per_epoch: int = 1,
+    **sizes: int,
 ) -> Callable[..., jax.Array]:
-    """Returns `preprocess(images, key=None, first_example=0)`: images [B, H, W, C] normalised,
-    augmented if there is a key, and resized to `resize` x `resize` unless that is 0."""
+    """Returns `preprocess(images, key=None, first_example=0, of_run=None)`: images [B, H, W, C]
+    normalised, augmented if there is a key, and resized to `resize` x `resize` unless that is 0.
+
+    Args:
+      steps_per_epoch: for augmentations that know the epoch (`augment.BY_RUN`): `of_run` is
+        (`TrainState.key`, the step, the images' positions in the data set).
+      **sizes: `translate_pixels` and `cutout_size` of `augment.augment`.
+    """
     dtype = jnp.dtype(precision)
 
-    def preprocess(images, key=None, first_example=0):
+    def preprocess(images, key=None, first_example=0, of_run=None):
         images = augmentations.normalize(images, normalization, jnp.float32 if resize else dtype)
         if key is not None and augment:
-            images = augmentations.augment(images, augment, key, first_example)
+            if of_run is not None:
+                run_key, step, index = of_run
+                of_run = augmentations.OfRun(run_key, step // steps_per_epoch, index)
+            images = augmentations.augment(
+                images, augment, key, first_example, of_run=of_run, **sizes
+            )
         return augmentations.resize(images, resize).astype(dtype) if resize else images
 
     return preprocess
@@ -161,10 +174,12 @@ def train_step(
     label_smoothing: float = 0.0,
     ema_decay: float = 0.0,
     freeze: tuple[str, ...] = (),
+    loss_reduction: str = "mean",
     accumulate: int = 1,
     axis_name: str | None = None,
 ) -> tuple[TrainState, Metrics]:
-    """One optimizer step on the mean loss over the unmasked images of the global batch.
+    """One optimizer step on the mean loss over the unmasked images of the global batch, or on its
+    sum, as `loss_reduction` says.
 
     A batch may come in parts: those of `accumulate`, and of the devices under `axis_name`. This
     package's `Dropout` draws for each image what it draws in the whole batch. Whatever else in a
@@ -184,7 +199,8 @@ def train_step(
         the loss anew by `value_fn`, are not supported.
       preprocess: from `make_preprocess`; the default is norm 0.5 without augmentation. It is
         called with the images of a part, the step's key, which is that of every part, and the
-        position of the first in the global batch.
+        position of the first in the global batch; and, where it takes `of_run` and the batch has
+        an `index` (int32 [B], positions in the data set), with what `make_preprocess` says.
       ema_decay: of the moving averages, if the state has them; smaller in the first steps
         (`averaging.moved`).
       freeze: as given to `create_state`. Batch normalisation in a frozen layer goes on with the
@@ -201,14 +217,20 @@ def train_step(
       UserError: images without a batch axis.
     """
     check_batched(batch["image"])
-    batch = {"image": batch["image"], "label": batch["label"], "mask": _mask(batch)}
+    kept = {name: batch[name] for name in ("image", "label", "index") if name in batch}
+    batch = {**kept, "mask": _mask(batch)}
+    preprocess = preprocess or make_preprocess()
+    if takes(preprocess, "of_run") and "index" in batch:
+        preprocess = functools.partial(_with_run, preprocess, state.key, state.step)
+    else:
+        preprocess = functools.partial(_without_run, preprocess)
     params, model, first_example = _on_device(state.params, model, batch, axis_name)
     gradients = functools.partial(
         _gradients,
         *optimizers.split_frozen(params, freeze),
         step_keys(state.key, state.step),
         model=model,
-        preprocess=preprocess or make_preprocess(),
+        preprocess=preprocess,
         label_smoothing=label_smoothing,
     )
     if accumulate != 1:
@@ -219,7 +241,8 @@ def train_step(
         grads, sums, carried = _over_devices(grads, sums, carried, axis_name)
     batch_stats = carried.pop("batch_stats")
     count = jnp.maximum(sums["count"], 1)
-    grads = jax.tree.map(lambda g: g / count.astype(g.dtype), grads)
+    if loss_reduction == "mean":
+        grads = jax.tree.map(lambda g: g / count.astype(g.dtype), grads)
     trained, frozen = optimizers.split_frozen(state.params, freeze)
     updates, opt_state = optax.with_extra_args_support(optimizer).update(
         grads, state.opt_state, trained, value=sums["loss"] / count
@@ -240,6 +263,15 @@ def train_step(
         ema_batch_stats=ema_batch_stats,
     )
     return state, sums
+
+
+def _with_run(preprocess, run_key, step, batch, key, first_example):
+    of_run = (run_key, step, batch["index"])
+    return preprocess(batch["image"], key, first_example, of_run=of_run)
+
+
+def _without_run(preprocess, batch, key, first_example):
+    return preprocess(batch["image"], key, first_example)
 
 
 def _on_device(params, model: nn.Module, batch: Batch, axis_name: str | None):
@@ -268,7 +300,7 @@ def _gradients(
         "params": jax.random.fold_in(part, 1),
     }
     position = {"first_example": first_example, "mask": batch["mask"]}
-    images = preprocess(batch["image"], preprocess_key, first_example)
+    images = preprocess(batch, preprocess_key, first_example)
 
     def loss_fn(trained):
         params = optimizers.merge_frozen(trained, frozen)
@@ -319,16 +351,25 @@ def predict_step(
     *,
     model: nn.Module,
     preprocess: Callable[..., jax.Array] | None = None,
+    tta: str = "none",
 ) -> jax.Array:
-    """Returns float32 logits [B, C] of images [B, H, W, 3], dropout off.
+    """Returns float32 logits [B, C] of images [B, H, W, 3], dropout off; with `tta` their mean over
+    the views of `augment.views`.
 
     Raises:
       UserError: images without a batch axis.
     """
     check_batched(images)
     preprocess = preprocess or make_preprocess()
-    logits = model.apply(variables, preprocess(images), **mode(model, train=False))
-    return logits.astype(jnp.float32)
+
+    def logits_of(images):
+        logits = model.apply(variables, images, **mode(model, train=False))
+        return logits.astype(jnp.float32)
+
+    if tta == "none":
+        return logits_of(preprocess(images))
+    views, weights = augmentations.views(preprocess(images), tta)
+    return jnp.tensordot(jnp.array(weights, jnp.float32), lax.map(logits_of, views), 1)
 
 
 def eval_step(
@@ -337,11 +378,12 @@ def eval_step(
     *,
     model: nn.Module,
     preprocess: Callable[..., jax.Array] | None = None,
+    tta: str = "none",
     axis_name: str | None = None,
 ) -> Metrics:
     """Returns sums over the unmasked images: `loss` (nats), `correct`, `count`, and `confusion`
     [C, C] int32, whose entry (i, j) counts images of class i taken for j."""
-    logits = predict_step(variables, batch["image"], model=model, preprocess=preprocess)
+    logits = predict_step(variables, batch["image"], model=model, preprocess=preprocess, tta=tta)
     labels, mask = batch["label"], _mask(batch)
     sums = _sums(logits, labels, mask, cross_entropy(logits, labels))
     classes = jnp.arange(logits.shape[-1])

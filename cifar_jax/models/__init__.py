@@ -2,7 +2,8 @@
 
 A model is a Flax linen module from images [N, H, W, C] to logits [N, num_classes], called with
 `train` if its `__call__` takes that. Of `num_classes`, `lowering`, `remat` and `fold` its
-constructor gets what it takes. It may hold collections of variables beside `params`
+constructor gets what it takes. It may name in `whitening` a convolution whose kernel the images
+give (`augment.whitening_kernel`), hold collections of variables beside `params`
 (`steps.train_step`), and say in `torch_layers` how it reads PyTorch's weights
 (`weights/state_dict.py`).
 """
@@ -15,6 +16,7 @@ from collections.abc import Callable
 
 import flax.linen as nn
 
+from cifar_jax.models.airbench import Airbench
 from cifar_jax.models.cnn import DeepCNN, DropoutCNN, TutorialCNN
 from cifar_jax.models.vgg import VGG, VGG11, VGG16, VGGBatchNorm
 from cifar_jax.runtime.errors import UserError, lookup
@@ -26,6 +28,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "vgg16": VGG,
     "vgg11_bn": functools.partial(VGGBatchNorm, layers=VGG11),
     "vgg16_bn": functools.partial(VGGBatchNorm, layers=VGG16),
+    "airbench": Airbench,
 }
 
 

@@ -142,8 +142,8 @@ class BatchNorm(nn.Module):
     used, and the running ones move by `momentum` towards the mean and the unbiased variance;
     otherwise the running ones are used. Statistics are float32 (or the input's wider type), over
     the images that count: where the variables hold `{"position": {"mask": [N]}}` those of mask 0
-    are left out, and where no image counts the running statistics stay. Parameters: `scale` and
-    `bias` [C]; `batch_stats`: `mean` and `var` [C].
+    are left out, and where no image counts the running statistics stay. Parameters: `scale`, unless
+    `use_scale` is False, and `bias` [C]; `batch_stats`: `mean` and `var` [C].
 
     Attributes:
       axis_name: under pmap or shard_map, the axis the batch is split over: statistics are then
@@ -153,15 +153,16 @@ class BatchNorm(nn.Module):
     momentum: float = 0.1
     epsilon: float = 1e-5
     axis_name: str | None = None
+    use_scale: bool = True
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         shape = (x.shape[-1],)
-        scale = self.param("scale", nn.initializers.ones, shape)
+        scale = self.param("scale", nn.initializers.ones, shape) if self.use_scale else None
         bias = self.param("bias", nn.initializers.zeros, shape)
-        running_mean = self.variable("batch_stats", "mean", jnp.zeros, shape, scale.dtype)
-        running_var = self.variable("batch_stats", "var", jnp.ones, shape, scale.dtype)
-        wide = x.astype(scale.dtype)
+        running_mean = self.variable("batch_stats", "mean", jnp.zeros, shape, bias.dtype)
+        running_var = self.variable("batch_stats", "var", jnp.ones, shape, bias.dtype)
+        wide = x.astype(bias.dtype)
         if train:
             mean, var, count = self._statistics(wide)
             if not self.is_initializing():
@@ -171,7 +172,8 @@ class BatchNorm(nn.Module):
                 running_var.value += rate * (unbiased - running_var.value)
         else:
             mean, var = running_mean.value, running_var.value
-        factor = scale * lax.rsqrt(var + self.epsilon)
+        factor = lax.rsqrt(var + self.epsilon)
+        factor = factor if scale is None else scale * factor
         shift = bias - mean * factor
         return (wide * factor.reshape(1, 1, 1, -1) + shift.reshape(1, 1, 1, -1)).astype(x.dtype)
 
@@ -201,9 +203,10 @@ class Flatten(nn.Module):
 
 
 class Dense(nn.Module):
-    """x @ kernel + bias: [N, D] -> [N, features]."""
+    """x @ kernel + bias, the bias with `use_bias`: [N, D] -> [N, features]."""
 
     features: int
+    use_bias: bool = True
     kernel_init: Callable | None = None
     bias_init: Callable | None = None
 
@@ -211,6 +214,8 @@ class Dense(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         init = torch_uniform(x.shape[-1])
         kernel = self.param("kernel", self.kernel_init or init, (x.shape[-1], self.features))
+        if not self.use_bias:
+            return x @ kernel.astype(x.dtype)
         bias = self.param("bias", self.bias_init or init, (self.features,))
         return x @ kernel.astype(x.dtype) + bias.astype(x.dtype).reshape(1, -1)
 

@@ -41,12 +41,14 @@ class Examples:
     Attributes:
       image: uint8 [N, H, W, C].
       label: int32 [N].
+      index: int32 [N], positions in the data set, None where they lie in its order.
       placement: static, so that jit makes a program for each.
     """
 
     image: jax.Array
     label: jax.Array
     placement: Placement = struct.field(pytree_node=False, default=Placement.RESIDENT)
+    index: jax.Array | None = None
 
     @property
     def spec(self) -> P:
@@ -54,11 +56,15 @@ class Examples:
         return P() if self.placement is Placement.RESIDENT else P(AXIS)
 
     def take(self, row: jax.Array) -> dict[str, jax.Array]:
-        """Returns the batch of a row of batch indices, int32 [B], as `input_pipeline.take_batch`.
-        Under shard_map that is a device's part of the batch, of its part of the row."""
+        """Returns the batch of a row of batch indices, int32 [B], as `input_pipeline.take_batch`,
+        and its `index`. Under shard_map that is a device's part of the batch, of its part of the
+        row."""
+        index = jnp.maximum(row, 0)
+        index = index if self.index is None else self.index[index]
         if self.placement is Placement.SPLIT:
-            return self._gather(row)
-        return input_pipeline.take_batch({"image": self.image, "label": self.label}, row)
+            return {**self._gather(row), "index": index}
+        data = {"image": self.image, "label": self.label}
+        return {**input_pipeline.take_batch(data, row), "index": index}
 
     def _gather(self, row: jax.Array) -> dict[str, jax.Array]:
         """Each device looks up what it has of the whole batch, zeros elsewhere; their sum is the

@@ -79,7 +79,7 @@ def finish(run: Run, groups: Groups, done: Sequence[Mapping], say: Print) -> dic
         )
     processes = groups.plan.process.count
     found = statistics.of_directories(folders, run.dataset.splits["test"].labels)
-    images = run.config.recipe.epochs * len(run.training) * len(members)
+    images = run.config.recipe.epochs * run.config.images_per_epoch * len(members)
     training = seconds.get("training")
     summary = metrics_log.to_json(
         {

@@ -150,7 +150,7 @@ class Groups:
         """
         run, size, process = self.members[0], self.size(), self.plan.process
         epochs = run.config.recipe.epochs
-        images, last_step = epochs * len(run.training), epochs * run.steps_per_epoch
+        images, last_step = epochs * run.config.images_per_epoch, epochs * run.steps_per_epoch
         parts = [slice(i, i + size) for i in range(0, len(self.members), size)]
         locks = [self._complete(number).with_name(".lock") for number in range(len(parts))]
         done = set()

@@ -137,13 +137,19 @@ def split_results(
 
 
 def programs(
-    trained: Trained, devices: str = "1", batch_size: int = 1
+    trained: Trained, devices: str = "1", batch_size: int = 1, tta: str | None = None
 ) -> tuple[Callable, Callable]:
     """Returns the compiled (evaluate, predict) of a trained model; `devices` as in
-    `hardware.choose_devices`, for batches of that size."""
+    `hardware.choose_devices`, for batches of that size, and `tta` where not the recipe's.
+
+    Raises:
+      UserError: an unknown `tta`.
+    """
+    recipe = trained.config.recipe
+    recipe = recipe if tta is None else recipe.replace(tta=tta)
     weights = steps.parameter_count(trained.variables["params"])
     mesh = hardware.data_mesh(hardware.choose_devices(devices, batch_size, weights))
-    evaluate, predict = setup.inference_steps(trained.config.recipe, trained.model)
+    evaluate, predict = setup.inference_steps(recipe, trained.model)
     return parallel_programs.compile_evaluation(
         evaluate, mesh
     ), parallel_programs.compile_prediction(predict, mesh)

@@ -120,8 +120,8 @@ class Loop:
         diverged = {int(i): step for i, step in extra.get("diverged", {}).items()}
         at = Position(extra["epoch"], extra["step"], arrays, best_rows, diverged)
         say(f"Going on from step {found.step} (epoch {at.epoch}, step {at.step})")
-        in_epoch = min(at.step * self.recipe.batch_size, len(self.run.training))
-        images = (at.epoch - 1) * len(self.run.training) + in_epoch
+        epoch = self.run.config.images_per_epoch
+        images = (at.epoch - 1) * epoch + min(at.step * self.recipe.batch_size, epoch)
         self.bar.skip(len(self.runs.members) * images)
         return at
 
@@ -263,7 +263,7 @@ def train(
       UserError: non-finite loss, a full disk, or no good checkpoint among those there.
     """
     recipe = run.config.recipe
-    with Progress(recipe.epochs * len(run.training), shown=agreement.is_leader()) as bar:
+    with Progress(recipe.epochs * run.config.images_per_epoch, shown=agreement.is_leader()) as bar:
         printer = bar.print if say is print else say
         runs = OneRun(run, printer)
         with Loop(runs, workdir, stop, bar) as loop:

@@ -116,7 +116,9 @@ class Runs:
         """Yields the rest of an epoch, as much at a time as `lengths` says."""
         run, size = self.run, self.recipe.batch_size
         orders = [
-            input_pipeline.epoch_order(m.keys["order"], epoch, m.training, size)
+            input_pipeline.epoch_order(
+                m.keys["order"], epoch, m.training, size, self.recipe.drop_last
+            )
             for m in self.members
         ]
         if run.place is Placement.STREAM:

@@ -19,7 +19,7 @@ from cifar_jax.models import init, model_of
 from cifar_jax.parallel import hardware, placement, programs
 from cifar_jax.parallel.placement import Placement
 from cifar_jax.recipes import Recipe
-from cifar_jax.runtime.errors import lookup
+from cifar_jax.runtime.errors import UserError, lookup
 from cifar_jax.runtime.timing import Clock
 from cifar_jax.training.workdir import Config
 
@@ -75,9 +75,23 @@ class Run:
     def parameters(self) -> int:
         return steps.parameter_count(self.shapes.params)
 
-    def create(self, **options) -> steps.TrainState:
-        """Returns the state before the first step; options as `steps.create_state` takes."""
-        return self.draw(self.keys["state"], **options)
+    def create(self, initial: dict | None = None) -> steps.TrainState:
+        """Returns the state before the first step; `initial` as `steps.create_state` takes it."""
+        images = self.config.recipe.whitening_images
+        if images and (initial is None or self.model.whitening not in initial.get("params", {})):
+            params = {self.model.whitening: {"kernel": self._whitening_kernel(images)}}
+            initial = {**(initial or {})}
+            initial["params"] = {**initial.get("params", {}), **params}
+        return self.draw(self.keys["state"], initial=initial)
+
+    def _whitening_kernel(self, images: int) -> np.ndarray:
+        """Returns the kernel that the first training images give (`augment.whitening_kernel`)."""
+        recipe, chosen = self.config.recipe, self.training[:images]
+        x = jnp.asarray(self.dataset.splits["train"].images[chosen])
+        x = augment.normalize(x, recipe.normalize)
+        x = augment.resize(x, recipe.resize) if recipe.resize else x
+        size = self.shapes.params[self.model.whitening]["kernel"].shape[0]
+        return augment.whitening_kernel(x, size)
 
     def with_config(self, config: Config) -> Run:
         """Returns the run of a config that differs in its seed, and perhaps in numbers that
@@ -111,15 +125,16 @@ def make_run(config: Config, dataset: Dataset, options: Options, clock: Clock) -
     """
     recipe = config.recipe
     lookup(augment.NORMALIZATIONS, recipe.normalize, "normalization")
-    for name in recipe.augment:
-        lookup(augment.AUGMENTATIONS, name, "augmentation")
+    augment.check(recipe.augment)
     keys, training, validation = drawn(config)
     input_pipeline.check_batch_size(recipe.batch_size, len(training))
     model = model_of(recipe, len(dataset.class_names), options.lowering)
     image_shape = dataset.splits["train"].images.shape[1:]
     create = state_maker(recipe, model, config.steps_per_epoch, image_shape)
     shapes = jax.eval_shape(create, keys["state"])
-    optimizers.check_groups(shapes.params, recipe.freeze, recipe.rate_scales)
+    groups = {"--decay-scale": recipe.decay_scales, "--rate-epochs": recipe.rates_epochs}
+    optimizers.check_groups(shapes.params, recipe.freeze, recipe.rate_scales, groups)
+    check_whitening(recipe, model, len(training))
     step = step_of(recipe, model, config.steps_per_epoch)
     weights = steps.parameter_count(shapes.params)
     mesh, eval_mesh = (
@@ -153,6 +168,18 @@ def make_run(config: Config, dataset: Dataset, options: Options, clock: Clock) -
     )
 
 
+def check_whitening(recipe: Recipe, model: nn.Module, training_images: int) -> None:
+    """Raises `UserError` where the kernel of `whitening_images` cannot be had."""
+    asked = recipe.whitening_images
+    if asked and not hasattr(model, "whitening"):
+        raise UserError(f"--whitening-images {asked}: {recipe.model} has no whitening layer")
+    if asked > training_images:
+        raise UserError(
+            f"--whitening-images {asked} is more than the {training_images} training images; "
+            f"give --whitening-images {training_images}"
+        )
+
+
 def drawn(config: Config) -> tuple[dict[str, jax.Array], np.ndarray, np.ndarray]:
     """What a run's seed decides before its first step: keys, training and validation images."""
     keys = input_pipeline.run_keys(config.seed)
@@ -175,10 +202,18 @@ def input_shape(recipe: Recipe, image_shape: Sequence[int]) -> Shape:
     return (side, side, channels) if side else (height, width, channels)
 
 
-def preprocess_of(recipe: Recipe) -> Callable[..., jax.Array]:
+def preprocess_of(recipe: Recipe, steps_per_epoch: int = 1) -> Callable[..., jax.Array]:
     """Returns the recipe's `preprocess` (`steps.make_preprocess`); without a key it does not
     augment."""
-    return steps.make_preprocess(recipe.normalize, recipe.augment, recipe.precision, recipe.resize)
+    return steps.make_preprocess(
+        recipe.normalize,
+        recipe.augment,
+        recipe.precision,
+        recipe.resize,
+        steps_per_epoch,
+        translate_pixels=recipe.translate_pixels,
+        cutout_size=recipe.cutout_size,
+    )
 
 
 def state_maker(
@@ -212,7 +247,8 @@ def step_of(
         steps.train_step,
         model=model,
         optimizer=optimizers.make_optimizer(recipe, steps_per_epoch, given),
-        preprocess=preprocess_of(recipe),
+        preprocess=preprocess_of(recipe, steps_per_epoch),
+        loss_reduction=recipe.loss_reduction,
         label_smoothing=given.get("label_smoothing", recipe.label_smoothing),
         ema_decay=given.get("ema_decay", recipe.ema_decay),
         freeze=recipe.freeze,
@@ -253,7 +289,7 @@ def cpu_threads(recipe: Recipe, devices: str) -> int | None:
 
 def inference_steps(recipe: Recipe, model: nn.Module) -> tuple[Callable, Callable]:
     """Returns `steps.eval_step` and `steps.predict_step` of this recipe."""
-    parts = {"model": model, "preprocess": preprocess_of(recipe)}
+    parts = {"model": model, "preprocess": preprocess_of(recipe), "tta": recipe.tta}
     return tuple(functools.partial(step, **parts) for step in (steps.eval_step, steps.predict_step))
 
 

@@ -39,7 +39,7 @@ def test(run: Run, state: steps.TrainState, split: str) -> tuple[dict, np.ndarra
 def summarize(run: Run, trained: dict, found: dict) -> dict:
     """Returns the contents of `summary.json`."""
     recipe, seconds = run.config.recipe, run.clock.seconds()
-    trained_images = recipe.epochs * len(run.training)
+    trained_images = recipe.epochs * run.config.images_per_epoch
     training = seconds.get("training", 0.0)
     dataset = dict(run.config.dataset) | {"source": run.dataset.source}
     return {
@@ -172,7 +172,8 @@ def first_batch(run: Run, key: jax.Array) -> tuple[np.ndarray, np.ndarray]:
     order = input_pipeline.epoch_order(run.keys["order"], 1, run.training, recipe.batch_size)[0]
     shown = order[order >= 0][: plots.GRID_IMAGES]
     preprocess = jax.jit(setup.preprocess_of(recipe))
-    images = preprocess(train.images[shown], steps.step_keys(key, 0)[1])
+    of_run = (key, np.int32(0), shown)
+    images = preprocess(train.images[shown], steps.step_keys(key, 0)[1], of_run=of_run)
     return np.asarray(images, np.float32), train.labels[shown]
 
 

@@ -67,7 +67,14 @@ class Config:
 
     @property
     def steps_per_epoch(self) -> int:
+        if self.recipe.drop_last:
+            return self.training_images // self.recipe.batch_size
         return -(-self.training_images // self.recipe.batch_size)
+
+    @property
+    def images_per_epoch(self) -> int:
+        """Images of an epoch's steps."""
+        return min(self.training_images, self.steps_per_epoch * self.recipe.batch_size)
 
     def to_dict(self) -> dict:
         """Returns the contents of config.json."""

@@ -1,0 +1,102 @@
+"""The network of KellerJordan's cifar10-airbench (arXiv:2404.00498), layer for layer.
+
+    whiten    2x2 convolution 3 -> 24 with bias, GELU; its kernel comes from the images
+    layers_N  3x3 convolution, 2x2 max pool, norm, GELU, 3x3 convolution, norm, GELU; N = 1, 2, 3
+    head      maximum over what is left (3x3 of 32x32 images), linear without bias, logits scaled
+
+Convolutions in the groups are padded and have no bias; a norm is a batch normalisation without
+scale. Images [N, H, W, 3] (float, normalised), of 17 pixels or more -> logits [N, num_classes].
+Names are the PyTorch original's.
+"""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from cifar_jax.models.layers import BatchNorm, Conv, Dense, block, max_pool, torch_uniform
+from cifar_jax.ops import convolution
+
+WHITENING = "whiten"
+
+
+def dirac(key, shape, dtype=jnp.float32):
+    """Draws a kernel [k, k, C, F] as PyTorch does, but for the first C of its F outputs: output i
+    is input i (`torch.nn.init.dirac_`)."""
+    size, _, channels, features = shape
+    drawn = torch_uniform(size * size * channels)(key, shape, dtype)
+    same = min(channels, features)
+    middle = jnp.zeros((size, size, channels, same), dtype)
+    middle = middle.at[size // 2, size // 2].set(jnp.eye(channels, same, dtype=dtype))
+    return drawn.at[..., :same].set(middle)
+
+
+def unit_deviation(key, shape, dtype=jnp.float32):
+    """Draws a linear kernel [D, F] as PyTorch does, and divides it by its standard deviation."""
+    drawn = torch_uniform(shape[0])(key, shape, dtype)
+    return drawn / drawn.std(ddof=1)
+
+
+class Group(nn.Module):
+    """One of the three groups: [N, H, W, C] -> [N, H // 2, W // 2, features]."""
+
+    features: int
+    lowering: str = "auto"
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        def convolved(x, name):
+            settings = {"padding": 1, "use_bias": False, "kernel_init": dirac}
+            return Conv(self.features, 3, **settings, lowering=self.lowering, name=name)(x)
+
+        def normed(x, name):
+            # The published 0.6 is the share of the old statistics, PyTorch's momentum the rest.
+            norm = {"momentum": 0.4, "epsilon": 1e-12, "use_scale": False}
+            x = BatchNorm(**norm, axis_name=self.axis_name, name=name)(x, train)
+            return nn.gelu(x, approximate=False)
+
+        x = normed(max_pool(convolved(x, "conv1")), "norm1")
+        return normed(convolved(x, "conv2"), "norm2")
+
+
+class Airbench(nn.Module):
+    """As `Airbench()` the network of airbench94: 1,971,640 parameters with 10 classes.
+
+    Attributes:
+      widths: channels of the three groups.
+      logit_scale: what the logits are multiplied by.
+      remat: keep the groups' outputs alone for the backward pass (`layers.block`).
+      axis_name: as in `BatchNorm`.
+    """
+
+    num_classes: int = 10
+    widths: tuple[int, ...] = (64, 256, 256)
+    logit_scale: float = 1 / 256
+    lowering: str = "auto"
+    remat: bool = False
+    axis_name: str | None = None
+    whitening = WHITENING
+    torch_layers = (
+        WHITENING,
+        *(f"layers_{group}.conv{i}" for group in (1, 2, 3) for i in (1, 2)),
+        "head",
+    )
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        if min(x.shape[1:3]) < 2 ** (len(self.widths) + 1) + 1:
+            raise convolution.too_small(x.shape[1:3], "airbench's whitening and three pools")
+        x = Conv(24, 2, lowering=self.lowering, name=WHITENING)(x)
+        x = nn.gelu(x, approximate=False)
+
+        def group(module, x, number, features):
+            options = {"lowering": module.lowering, "axis_name": module.axis_name}
+            return Group(features, **options, name=f"layers_{number}")(x, train)
+
+        for number, features in enumerate(self.widths, start=1):
+            x = block(self.remat, group, self, x, number=number, features=features)
+        x = x.max(axis=(1, 2))
+        head = Dense(self.num_classes, use_bias=False, kernel_init=unit_deviation, name="head")
+        return head(x) * self.logit_scale
