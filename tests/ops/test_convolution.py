@@ -316,6 +316,8 @@ def test_the_choice_on_a_cpu_and_elsewhere(monkeypatch):
     assert choose("auto", 7, 64, (8, 8), False)[0] == "gemm"  # no such Winograd form
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert choose("auto", 3, 64, (8, 8), True)[0] == "lax"
+    assert choose("auto", 5, 6, (10, 10), True, images=4) == ("patches", 1)
+    assert choose("auto", 5, 6, (10, 10), True, images=512) == ("lax", 1)
     assert choose("winograd", 3, 64, (8, 8), True)[0] == "winograd"
     assert cpu_compiler_options() == {}
 
