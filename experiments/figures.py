@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from cifar_jax.replicas.statistics import draw_histogram
 from cifar_jax.reporting import plots
+from cifar_jax.reporting.distribution import draw_histogram
 
 _DASHES = (None, (4, 2), (1, 1))
 _STYLES = {
@@ -52,7 +52,7 @@ def strips(
 
 
 def histograms(panels: Mapping[str, Mapping], path: str | Path, *, value_name: str) -> str | Path:
-    """Draws a histogram (`cifar_jax.replicas.statistics.draw_histogram`) for each name.
+    """Draws a histogram (`cifar_jax.reporting.distribution.draw_histogram`) for each name.
 
     Args:
       panels: name -> {"values", "found", "ensemble", "published"}.
