@@ -206,7 +206,10 @@ def test_curves_hold_the_windows(complete, tmp_path):
     drawn = (complete / "plots" / "curves.png").read_bytes()
     for name, kind, same in (("all", None, True), ("epochs", "epoch", False)):
         path = tmp_path / f"{name}.png"
-        plots.curves(rows_of(complete, kind), path, heading="tutorial_cnn on cifar10")
+        found = json.loads((complete / "summary.json").read_text())["test_accuracy"]
+        heading = f"adam on cifar10, seed 42: {100 * found:.2f} % of the test right"
+        note = "Training is measured with augmentation, validation without: it may look worse."
+        plots.curves(rows_of(complete, kind), path, heading=heading, note=note)
         assert (path.read_bytes() == drawn) == same
 
 
