@@ -216,9 +216,16 @@ def facts(run: RunFiles) -> list[tuple[str, str]]:
         ("Precision", f"{config['recipe']['precision']}, convolutions {summary.get('lowering')}"),
         ("Device", where),
         ("Versions", ", ".join(versions)),
-        ("Commit", summary.get("commit") or "not from a checkout"),
+        ("Commit", _short_commit(summary.get("commit"))),
     ]
     return found
+
+
+def _short_commit(commit: str | None) -> str:
+    if not commit:
+        return "not from a checkout"
+    head, _, dirty = commit.partition("-")
+    return f"{head[:12]}, with changes" if dirty else head[:12]
 
 
 # One run.

@@ -61,9 +61,10 @@ def test_what_a_run_says(complete):
         "float32",
         "conv1",
         "62,006",
-        "epoch 1  step  8/35  loss 2.",
-        "epoch 1/4  train loss",
-        "epoch 4/4  train loss",
+        "train loss accuracy valid. loss accuracy  seconds",
+        "epoch 1  step  8/35",
+        "epoch 1/4 ",
+        "epoch 4/4 ",
         "GroundTruth: airplane automobile bird cat",
         "Predicted:   ",
         "Test loss",
@@ -346,7 +347,7 @@ def test_without_validation_the_last_weights_are_tested(tiny, tmp_path):
     assert summary["best_epoch"] is None
     assert summary["tested_epoch"] == 1
     assert [row["kind"] for row in rows_of(tmp_path / "run")] == ["epoch", "test"]
-    assert not any("validation loss" in line for line in lines)
+    assert not any("valid. loss" in line for line in lines)
 
 
 def test_evaluation_batches_larger_than_the_split_hold_the_split(tiny, tmp_path):

@@ -103,7 +103,9 @@ def test_what_is_said_and_summed_up(group):
     for text in (
         "test images, seed of each of 3,4,9",
         "3 runs, seeds 3,4,9, on 2 devices, form map (one after another on each)",
-        "epoch 1/3  train loss ",
+        "3 runs ",
+        "train loss",
+        "epoch 1/3 ",
         " ± ",
         "Test accuracy ",
         "95 % interval",
