@@ -105,7 +105,7 @@ def test_the_table_stands_in_columns_and_fits(runs, columns):
     ends = [heading.index(name) + len(name) for name in ("train loss", "valid. loss", "seconds")]
     for line in lines:
         assert line[ends[0] - 1].isdigit()
-        assert line[ends[0]] == " " or len(line) == ends[0]
+        assert len(line) == ends[0] or line[ends[0]] == " "
     assert lines[-1][ends[1] - 1].isdigit()
     assert lines[-1][: ends[2]].endswith("1234.5")
 
