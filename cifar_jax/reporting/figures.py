@@ -134,13 +134,14 @@ def overlaid_curves(rows_of: Mapping[str, Sequence[Mapping]]) -> Svg:
 
 def confusion(counts: np.ndarray, class_names: Sequence[str]) -> Svg:
     """The confusion matrix."""
-    side = plots.confusion_side(len(counts))
+    side = min(plots.confusion_side(len(counts)), 6.5)
     about = (
         "Confusion matrix: true classes in rows, predicted in columns; the most frequent mistakes "
         "are listed after it"
     )
-    with _drawing("confusion", about, side + 2.5, side + 0.9) as (figure, holder):
-        plots.draw_confusion(figure, counts, class_names)
+    height = side + (0.9 if len(counts) <= 20 else 1.6)
+    with _drawing("confusion", about, side + 2.5, height) as (figure, holder):
+        plots.draw_confusion(figure, counts, class_names, most_names=20)
     return holder.svg
 
 

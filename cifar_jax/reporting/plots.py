@@ -303,10 +303,13 @@ def confusion_side(classes: int) -> float:
     return 0.52 * max(classes, 4) if classes <= 20 else max(10.0, min(0.115 * classes, 20.0))
 
 
-def draw_confusion(figure, counts: np.ndarray, class_names: Sequence[str]) -> None:
+def draw_confusion(
+    figure, counts: np.ndarray, class_names: Sequence[str], most_names: int = 1000
+) -> None:
     """Draws the matrix on a figure of matplotlib. Right answers (blue) and mistakes (orange) have a
     scale each, or the mistakes would all look white; a colour is a share of its row. Up to 20
-    classes counts are written, and in margins each class's recall and precision."""
+    classes counts are written, and in margins each class's recall and precision; of more than
+    `most_names` classes not every one is named."""
     from matplotlib.colors import LinearSegmentedColormap, to_rgb
 
     counts = np.asarray(counts)
@@ -314,8 +317,10 @@ def draw_confusion(figure, counts: np.ndarray, class_names: Sequence[str]) -> No
     share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     written = classes <= 20
     side = confusion_side(classes)
-    font = 8.5 if written else min(8.5, max(4.0, 0.8 * 72 * side / classes))
-    every = max(1, math.ceil(classes / (72 * side / 5)))  # names further apart when too many
+    font = 8.5 if written or most_names < classes else max(4.0, min(8.5, 57.6 * side / classes))
+    every = math.ceil(
+        max(classes / (72 * side / 5), classes / most_names)
+    )  # names further apart when too many
     right, total = int(np.trace(counts)), int(counts.sum())
     off = ~np.eye(classes, dtype=bool)
     highest = float(share[off].max()) if classes > 1 else 0.0
