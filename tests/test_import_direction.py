@@ -1,4 +1,4 @@
-"""Imports point one way: a room takes from those before it in the README's line, never back."""
+"""Imports point one way: a room takes from those before it in docs/layout.md's line, never back."""
 
 import ast
 import pathlib

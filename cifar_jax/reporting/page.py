@@ -98,7 +98,10 @@ def read_run(folder: Path) -> RunFiles:
         config["dataset"]["class_names"], config["seed"], config["recipe_name"]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{folder / 'config.json'} is damaged: {error!r}") from None
+    if config.get("axes"):
+        raise UserError(f"{folder} is a sweep's: see its results.csv and plots")
     summary = _read_json(folder / "summary.json")
+    _check_summary(folder / "summary.json", config, summary)
     if summary is None:
         missing.append("summary.json: the run is not complete; without it there are no results.")
     rows = []
@@ -111,6 +114,17 @@ def read_run(folder: Path) -> RunFiles:
             rows = []
             missing.append("An epoch in metrics.jsonl: none has ended, there are no curves.")
     return RunFiles(folder, config, summary, rows, missing)
+
+
+_OF_ONE = ("test_accuracy", "test_correct", "test_count", "test_loss", "tested_epoch", "epochs")
+_OF_MANY = ("test_accuracy", "test_loss", "ensemble", "runs")
+
+
+def _check_summary(path: Path, config: Mapping, summary: Any) -> None:
+    needed = ("per_class", *(_OF_MANY if config.get("seeds") else _OF_ONE))
+    whole = isinstance(summary, dict) and all(name in summary for name in needed)
+    if summary is not None and not whole:
+        raise UserError(f"{path} is damaged: remove it, and train again to have the run tested")
 
 
 def _read_json(path: Path) -> dict | None:

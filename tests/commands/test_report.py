@@ -119,6 +119,15 @@ def test_what_is_no_run_is_refused_in_one_line(complete, tmp_path):
         report.main([str(tmp_path)], say=id)
     with pytest.raises(UserError, match="is a directory"):
         report.main([str(complete), "--output", str(tmp_path)], say=id)
+    run = copy_run(complete, tmp_path / "run")
+    for text in ("{", "[]", '{"test_accuracy": 0.5}'):
+        (run / "summary.json").write_text(text)
+        with pytest.raises(UserError, match=r"summary\.json"):
+            report.main([str(run)], say=id)
+    config = json.loads((run / "config.json").read_text()) | {"axes": {"momentum": [0.0, 0.9]}}
+    (run / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="a sweep's"):
+        report.main([str(run)], say=id)
     with pytest.raises(UserError, match="cannot write"):
         report.main([str(complete), "--output", str(tmp_path / "no" / "x.html")], say=id)
 
