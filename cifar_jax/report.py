@@ -63,9 +63,9 @@ def write_csv(folder: Path) -> None:
     Raises:
       UserError: there is no `predictions.npz`.
     """
-    from cifar_jax.reporting import page, predictions
+    from cifar_jax.reporting import predictions, run_files
 
-    run = page.read_run(folder)
+    run = run_files.read_run(folder)
     for place in [folder / f"seed-{seed}" for seed in run.seeds] or [folder]:
         said, _ = predictions.read(place)
         if said is None:
@@ -76,14 +76,14 @@ def write_csv(folder: Path) -> None:
 def main(arguments: Sequence[str] | None = None, say=print) -> Path:
     """Parses, writes the page, says where. Returns its path. Raises `UserError`."""
     options = make_parser().parse(arguments)
-    from cifar_jax.reporting import page
+    from cifar_jax.reporting import page, run_files
 
     folders = [Path(run) for run in options.runs]
     one = len(folders) == 1
     target = Path(options.output or (folders[0] / page.NAME if one else page.NAME))
     if target.is_dir():
         raise UserError(f"{target} is a directory; name a file")
-    run = page.read_run(folders[0])
+    run = run_files.read_run(folders[0])
     tested = test_split(run.config, options.data_dir) if one else None
     for folder in folders if options.csv else ():
         write_csv(folder)

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
+from cifar_jax.reporting import confusion as confusion_matrix
 from cifar_jax.reporting import distribution, plots, scores
 
 WIDTH, HEIGHT = 4.6, 3.1  # inches
@@ -134,14 +135,14 @@ def overlaid_curves(rows_of: Mapping[str, Sequence[Mapping]]) -> Svg:
 
 def confusion(counts: np.ndarray, class_names: Sequence[str]) -> Svg:
     """The confusion matrix."""
-    side = min(plots.confusion_side(len(counts)), 6.5)
+    side = min(confusion_matrix.side_of(len(counts)), 6.5)
     about = (
         "Confusion matrix: true classes in rows, predicted in columns; the most frequent mistakes "
         "are listed after it"
     )
     height = side + (0.9 if len(counts) <= 20 else 1.6)
     with _drawing("confusion", about, side + 2.5, height) as (figure, holder):
-        plots.draw_confusion(figure, counts, class_names, most_names=20)
+        confusion_matrix.draw(figure, counts, class_names, most_names=20)
     return holder.svg
 
 

@@ -12,7 +12,7 @@ from cifar_jax.models import fold
 from cifar_jax.models.layer_table import format_table, summarise
 from cifar_jax.parallel import hardware
 from cifar_jax.recipes import Recipe
-from cifar_jax.reporting import console, metrics_log, page, plots, predictions
+from cifar_jax.reporting import confusion, console, metrics_log, page, plots, predictions
 from cifar_jax.reporting.plots import attempt
 from cifar_jax.reporting.predictions import Predictions
 from cifar_jax.runtime.environment import environment
@@ -257,7 +257,9 @@ def draw(
         "training_batch": training_batch,
         "channels": channels,
         "curves": curves,
-        "confusion_matrix": lambda path: plots.confusion_matrix(found["confusion"], names, path),
+        "confusion_matrix": lambda path: confusion.confusion_matrix(
+            found["confusion"], names, path
+        ),
         "predictions": lambda path: plots.predictions(
             split.images[drawn],
             true[drawn],

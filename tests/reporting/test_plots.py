@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from tiny_data import python
 
-from cifar_jax.reporting import plots
+from cifar_jax.reporting import confusion, plots
 from cifar_jax.runtime.errors import UserError
 
 NAMES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
@@ -135,7 +135,7 @@ def test_confusion_matrix_is_dark_on_the_diagonal(tmp_path, classes):
     counts = np.eye(classes, dtype=np.int64) * 50
     counts[0] = 0  # a class without images
     names = [f"a class with quite a long name, number {k}" for k in range(classes)]
-    picture = pixels(plots.confusion_matrix(counts, names, tmp_path / "confusion.png"))
+    picture = pixels(confusion.confusion_matrix(counts, names, tmp_path / "confusion.png"))
     dark = (picture == picture[picture.sum(axis=-1) > 0][0]).all(axis=-1)
     assert dark.size > 10_000
     blue = [int(plots.BLUE[i : i + 2], 16) for i in (1, 3, 5)]
@@ -148,7 +148,7 @@ def test_confusion_matrix_is_dark_on_the_diagonal(tmp_path, classes):
 def test_the_most_frequent_mistake_has_the_full_colour_however_rare_it_is(tmp_path):
     counts = np.eye(4, dtype=np.int64) * 990 + 1
     counts[2, 1] = 8
-    picture = pixels(plots.confusion_matrix(counts, list("abcd"), tmp_path / "confusion.png"))
+    picture = pixels(confusion.confusion_matrix(counts, list("abcd"), tmp_path / "confusion.png"))
     orange = [int(plots.ORANGE[i : i + 2], 16) for i in (1, 3, 5)]
     full = (np.abs(picture - orange) < 6).all(axis=-1)[:, : int(0.5 * picture.shape[1])]
     ys, xs = np.nonzero(full)
@@ -169,7 +169,7 @@ def test_odd_class_names_and_a_users_own_style(images, tmp_path):
 PICTURE = """
 import os, sys
 import numpy as np
-from cifar_jax.reporting import plots
+from cifar_jax.reporting import confusion, plots
 plots.channels(np.zeros((2, 2, 3), np.float32), sys.argv[1])
 import matplotlib
 print(os.environ["MPLBACKEND"], matplotlib.rcParams["backend"] == os.environ["MPLBACKEND"])
