@@ -9,7 +9,7 @@ SMOKE := $(addprefix tests/,ops/test_all_reduce.py test_augment.py checkpoints/t
 	commands/test_evaluate_predict.py test_input_pipeline.py parallel/test_hardware.py \
 	parallel/test_several_devices.py)
 
-.PHONY: train test test-all test-slow test-smoke lint bench reproduce clean
+.PHONY: train test test-all test-slow test-smoke lint docs bench reproduce clean
 .DEFAULT_GOAL := train
 
 $(BIN)/python:
@@ -47,6 +47,14 @@ test-smoke: $(VENV)/.installed
 lint: $(VENV)/.installed-test
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
+
+# The site, in build/site; a warning is an error. Docstrings are read, not imported: the extra `docs`
+# alone is enough, in an environment of its own.
+docs:
+	@test -x $(VENV)-docs/bin/python || $(PYTHON) -m venv $(VENV)-docs
+	$(VENV)-docs/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+		mkdocs mkdocs-material 'mkdocstrings[python]'
+	$(VENV)-docs/bin/python -m mkdocs build --strict
 
 bench: $(VENV)/.installed-test
 	$(BIN)/python -m benchmarks.throughput $(ARGS)

@@ -31,7 +31,7 @@ from cifar_jax.runtime.errors import UserError, lookup, run_command
 # dropout's 30 epochs take PyTorch's published loop half an hour: 3 show its rate.
 RUNS = "tutorial:2,adam:10,dropout:3"
 SIDES = "ours-cold,ours,published,eager_channels_last,eager_channels_last@1"
-EPOCH = re.compile(r"\bepoch +(\d+)\b.*\btrain")
+EPOCH = re.compile(r"\bepoch +(\d+)(?:/\d+ +[\d.]|\b.*\btrain)")
 
 
 def command(

@@ -55,7 +55,13 @@ def make_parser() -> cli.Parser:
         "--save-minutes", type=float, default=5.0, help="between two saves inside an epoch"
     )
     parser.add_argument("--feed", default="resident", help="resident (on the devices) or stream")
-    parser.add_argument("--no-plots", action="store_true", help="draw no pictures at the end")
+    parser.add_argument(
+        "--no-plots", action="store_true", help="draw no pictures at the end, nor report.html"
+    )
+    parser.add_argument("--no-report", action="store_true", help="write no report.html at the end")
+    parser.add_argument(
+        "--csv", action="store_true", help="write predictions.csv beside predictions.npz"
+    )
     parser.add_argument(
         "--tensorboard", action="store_true", help="write event files too (extra: tensorboard)"
     )
@@ -193,6 +199,8 @@ def prepare(options, say, **changes) -> tuple:
         save_minutes=options.save_minutes,
         plots=not options.no_plots,
         tensorboard=options.tensorboard,
+        report=not (options.no_report or options.no_plots),
+        csv=options.csv,
     )
     run = make_run(config, dataset, dataclasses.replace(run_options, **changes), clock)
     source, notices = _source(options, recipe), []
@@ -214,7 +222,7 @@ def train_one(options, words: Sequence[str], say) -> dict:
 
     leads, changes = agreement.is_leader(), {}
     if not leads:
-        say, changes = _silent, {"plots": False, "tensorboard": False}
+        say, changes = _silent, dict.fromkeys(("plots", "tensorboard", "report", "csv"), False)
     run, workdir, notices = prepare(options, say, **changes)
     agreement.check_same(agreement.settings(run))
     opening = [*summary.opening_lines(run, workdir), *notices]

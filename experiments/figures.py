@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from cifar_jax.replicas.statistics import draw_histogram
 from cifar_jax.reporting import plots
+from cifar_jax.reporting.distribution import draw_histogram
 
+_BEST = "best point"
 _DASHES = (None, (4, 2), (1, 1))
 _STYLES = {
     "ours": (plots.BLUE, "o"),
@@ -52,7 +53,7 @@ def strips(
 
 
 def histograms(panels: Mapping[str, Mapping], path: str | Path, *, value_name: str) -> str | Path:
-    """Draws a histogram (`cifar_jax.replicas.statistics.draw_histogram`) for each name.
+    """Draws a histogram (`cifar_jax.reporting.distribution.draw_histogram`) for each name.
 
     Args:
       panels: name -> {"values", "found", "ensemble", "published"}.
@@ -71,7 +72,13 @@ def histograms(panels: Mapping[str, Mapping], path: str | Path, *, value_name: s
 
 
 def sweep(
-    names: Sequence[str], points: Sequence[Mapping], folder: Path, *, heading: str
+    names: Sequence[str],
+    points: Sequence[Mapping],
+    folder: Path,
+    *,
+    heading: str,
+    chance: float | None = None,
+    best: Mapping | None = None,
 ) -> list[Path]:
     """Draws the accuracy of a sweep's points into `folder`; returns the pictures' paths.
 
@@ -82,15 +89,18 @@ def sweep(
     Args:
       names: of the axes.
       points: from `cifar_jax.replicas.sweep.by_point`.
+      chance: the accuracy of guessing, in percent, drawn as a line.
+      best: of `points` the one to mark.
     """
     values = {name: sorted({point["values"][name] for point in points}) for name in names}
     longest = sorted(names, key=lambda name: -len(values[name]))
     crossed = np.prod([len(values[name]) for name in names]) == len(points)
     if not crossed and len(names) > 1:
-        return [_scatter(longest[:2], points, folder / "scatter.png", heading)]
-    paths = [_curves(longest[0], longest[1:], values, points, folder / "curves.png", heading)]
+        return [_scatter(longest[:2], points, folder / "scatter.png", heading, best)]
+    path, rest = folder / "curves.png", longest[1:]
+    paths = [_curves(longest[0], rest, values, points, path, heading, chance, best)]
     if len(names) > 1:
-        paths.append(_map(longest[:2], values, points, folder / "map.png", heading))
+        paths.append(_map(longest[:2], values, points, folder / "map.png", heading, best))
     return paths
 
 
@@ -127,7 +137,7 @@ def _scale(axis, which: str, name: str, values: Sequence) -> list[float]:
     return list(values)
 
 
-def _curves(along, others, values, points, path, heading) -> Path:
+def _curves(along, others, values, points, path, heading, chance, best) -> Path:
     lines: dict[tuple, list] = {}
     for point in points:
         key = tuple(point["values"][name] for name in others)
@@ -159,6 +169,13 @@ def _curves(along, others, values, points, path, heading) -> Path:
                     )
         if any(point["diverged"] for point in points):
             axis.plot([], [], "x", color=plots.QUIET, mew=1.8, ls="none", label="runs diverged")
+        if chance is not None:
+            axis.axhline(
+                chance, color=plots.QUIET, lw=1, ls=(0, (4, 3)), label="guessing", zorder=0
+            )
+        if best is not None:
+            at = places[best["values"][along]], _percent(best)
+            axis.plot(*at, "*", color=plots.INK, ms=13, mec="white", label=_BEST, zorder=5)
         axis.set(title=heading, ylabel="test accuracy, %: mean and standard deviation")
         axis.grid()
         axis.set_axisbelow(True)
@@ -166,7 +183,7 @@ def _curves(along, others, values, points, path, heading) -> Path:
     return path
 
 
-def _map(names, values, points, path, heading) -> Path:
+def _map(names, values, points, path, heading, best) -> Path:
     along, across = names
     grid = np.full((len(values[across]), len(values[along])), np.nan)
     lost = np.zeros(grid.shape, int)
@@ -177,6 +194,8 @@ def _map(names, values, points, path, heading) -> Path:
         )
         grid[where] = np.fmax(grid[where], _percent(point))
         lost[where] += point["diverged"]
+    from matplotlib.patches import Rectangle
+
     size = max(6.0, 0.62 * grid.shape[1] + 2.4), max(2.6, 0.5 * grid.shape[0] + 1.7)
     with plots.drawing(path, *size, palette=256) as figure:
         axis = figure.subplots()
@@ -191,6 +210,10 @@ def _map(names, values, points, path, heading) -> Path:
                 text += f"\n({lost[row, column]} div.)"
             ink = "white" if dark else plots.INK
             axis.text(column, row, text, color=ink, fontsize=7.5, ha="center", va="center")
+        if best is not None:
+            at = [values[name].index(best["values"][name]) - 0.5 for name in (along, across)]
+            axis.add_patch(Rectangle(at, 1, 1, fill=False, ec=plots.ORANGE, lw=2.5, label=_BEST))
+            figure.legend(loc="outside lower right", fontsize=8.5)
         axis.set_xticks(range(grid.shape[1]), [_text(v) for v in values[along]], rotation=45)
         axis.set_yticks(range(grid.shape[0]), [_text(v) for v in values[across]])
         axis.set(xlabel=_name(along), ylabel=_name(across), title=heading)
@@ -202,13 +225,14 @@ def _map(names, values, points, path, heading) -> Path:
     return path
 
 
-def _scatter(names, points, path, heading) -> Path:
+def _scatter(names, points, path, heading, best) -> Path:
     with plots.drawing(path, 6.5, 4.4, palette=256) as figure:
         axis = figure.subplots()
-        where = []
+        where, scales = [], []
         for which, name in zip("xy", names, strict=True):
             values = sorted({point["values"][name] for point in points})
             places = dict(zip(values, _scale(axis, which, name, values), strict=True))
+            scales.append(places)
             where.append(np.array([places[point["values"][name]] for point in points], float))
         accuracy = np.array([_percent(point) for point in points])
         good = np.isfinite(accuracy)
@@ -221,6 +245,9 @@ def _scatter(names, points, path, heading) -> Path:
         axis.set_title(heading)
         axis.grid()
         axis.set_axisbelow(True)
-        if not good.all():
+        if best is not None:
+            at = [[scale[best["values"][name]]] for name, scale in zip(names, scales, strict=True)]
+            axis.plot(*at, "o", mfc="none", mec=plots.INK, mew=2, ms=13, label=_BEST)
+        if best is not None or not good.all():
             figure.legend(loc="outside lower center", fontsize=8.5)
     return path

@@ -41,7 +41,14 @@ def report(config, varied, points, rows, seconds, workdir: Path, say) -> dict:
         say(f"  {shown(point['values'])}: test accuracy {100 * accuracy['mean']:.2f}{spread} %")
     names = [axis.name for axis in varied]
     heading = f"{config.recipe_name}, {runs}"
-    draw = functools.partial(figures.sweep, names, found, heading=heading)
+    draw = functools.partial(
+        figures.sweep,
+        names,
+        found,
+        heading=f"{heading}; best by {chosen_by.replace('_', ' ')}",
+        chance=100 / len(config.dataset["class_names"]),
+        best=ranked[0] if ranked else None,
+    )
     pictures = [path for paths in attempt({workdir / "plots": draw}, say) for path in paths]
     summary = metrics_log.to_json(
         {

@@ -1,4 +1,4 @@
-"""Imports point one way: a room takes from those before it in the README's line, never back."""
+"""Imports point one way: a room takes from those before it in docs/layout.md's line, never back."""
 
 import ast
 import pathlib
@@ -13,7 +13,10 @@ ORDER = (
     *("input_pipeline", "parallel", "checkpoints", "reporting", "training", "weights", "replicas"),
     "commands",
 )
-COMMANDS = ("_cli", "train", "evaluate", "predict", "convert", "export", "datasets.__main__")
+COMMANDS = (
+    *("_cli", "train", "evaluate", "predict", "convert", "export", "report"),
+    "datasets.__main__",
+)
 
 
 def room(module):

@@ -1,6 +1,9 @@
-"""The README's Python examples run as they are printed."""
+"""The Python examples of the README and docs/ run as they are printed, and the commands parse."""
 
+import importlib
+import json
 import re
+import shlex
 
 import numpy as np
 import pytest
@@ -12,7 +15,8 @@ from cifar_jax.training import evaluation
 
 __all__ = ["complete", "tiny"]
 
-PAGES = "".join((ROOT / name).read_text() for name in ("README.md", "docs/scaling.md"))
+FILES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = "".join(path.read_text() for path in FILES)
 BLOCKS = re.findall(r"^```python\n(.*?)^```", PAGES, re.M | re.S)
 
 
@@ -21,7 +25,8 @@ def test_there_is_an_example_of_ones_own_loop():
 
 
 SERVING = [block for block in BLOCKS if "deserialize" in block]
-OTHERS = [block for block in BLOCKS if block not in SERVING]
+SAVED = [block for block in BLOCKS if "predictions.npz" in block]
+OTHERS = [block for block in dict.fromkeys(BLOCKS) if block not in SERVING + SAVED]
 
 
 def run(block, folder):
@@ -39,6 +44,51 @@ def test_the_example_of_serving_runs_on_what_export_writes(complete, tmp_path):
         name, share = line.rsplit(" ", 1)
         assert name == NAMES[shares.argmax()]
         assert float(share) == pytest.approx(shares.max(), rel=1e-5)
+
+
+def test_the_example_of_predictions_reads_what_a_run_writes(complete, tmp_path):
+    (block,) = SAVED
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "dropout-seed42").symlink_to(complete)
+    right = json.loads((complete / "summary.json").read_text())["test_accuracy"]
+    assert run(block, tmp_path) == f"{right:.2%} right\n"
+
+
+def fenced(text):
+    """What stands in fences that name no language."""
+    parts = re.split(r"^```(.*)\n", text, flags=re.M)
+    return [block for name, block in zip(parts[1::4], parts[2::4], strict=True) if not name]
+
+
+COMMANDS = sorted(
+    {
+        found.groups()
+        for path in FILES
+        for block in fenced(path.read_text())
+        for line in block.replace("\\\n", " ").splitlines()
+        if (found := re.search(r"python -m cifar_jax\.(\w+)\b(.*)", line))
+    }
+)
+
+
+def test_commands_are_found():
+    assert {"train", "evaluate", "predict", "convert", "export", "report"} <= dict(COMMANDS).keys()
+
+
+@pytest.mark.parametrize(("command", "words"), COMMANDS, ids=lambda text: text.strip())
+def test_every_command_that_is_shown_is_one_that_there_is(command, words):
+    module = importlib.import_module(f"cifar_jax.{command}")
+    parser = module.make_parser() if command != "datasets" else None
+    if parser:
+        parser.parse(shlex.split(words, comments=True))
+
+
+def test_the_readme_is_short_and_its_links_lead_somewhere():
+    text = FILES[0].read_text()
+    assert len(text.splitlines()) <= 150
+    for path in FILES:
+        for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", path.read_text()):
+            assert target.startswith("https://") or (path.parent / target).exists(), (path, target)
 
 
 @pytest.mark.parametrize("block", OTHERS, ids=[str(i) for i in range(len(OTHERS))])

@@ -88,7 +88,9 @@ class Group(Runs):
 
     def show_epoch(self, rows: list[dict], improved: np.ndarray) -> None:
         if rows:
-            self.say(console.epochs_line(rows, self.recipe.epochs))
+            epochs = self.recipe.epochs
+            line = console.epochs_line(rows, epochs, self.label_width, self.columns)
+            self.say_row(line, runs=len(self.members))
 
     def diverged(self, i: int, what: str, step: int, latest_step: Callable) -> None:
         self.say(

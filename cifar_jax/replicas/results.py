@@ -18,7 +18,7 @@ from cifar_jax.parallel import programs as parallel_programs
 from cifar_jax.replicas import programs as replica_programs
 from cifar_jax.replicas import statistics
 from cifar_jax.replicas.group import Group
-from cifar_jax.reporting import console, metrics_log
+from cifar_jax.reporting import console, distribution, metrics_log, predictions
 from cifar_jax.reporting.console import counted
 from cifar_jax.reporting.plots import attempt
 from cifar_jax.runtime import files
@@ -108,7 +108,7 @@ def finish(run: Run, groups: Groups, done: Sequence[Mapping], say: Print) -> dic
     if run.options.plots:
         percent = [100 * member["test_accuracy"] for member in summary["runs"]]
         histogram = functools.partial(
-            statistics.histogram,
+            distribution.histogram,
             percent,
             statistics.spread(percent),
             heading=f"{run.config.recipe_name}: test accuracy of {counted(len(folders), 'run')}",
@@ -118,6 +118,8 @@ def finish(run: Run, groups: Groups, done: Sequence[Mapping], say: Print) -> dic
         )
         attempt({workdir / "plots" / "test_accuracy.png": histogram}, say)
     write_json(workdir / "summary.json", summary)
+    if run.options.report:
+        run_summary.write_report(run, workdir, say)
     say(f"Written to {workdir}; each run is a run directory: {folders[0]} ...")
     return summary
 
@@ -207,7 +209,10 @@ def write_members(trained: TrainedGroup, workdir: Path) -> dict[int, int]:
             own = {name: values[i] for name, values in sums.items()}
             found, probabilities = evaluation.split_results(own, logits[i], names, size)
             log.append("test", **found)
-        np.save(folder / "probabilities.npy", probabilities)
+        said = predictions.of_split(probabilities, run.dataset.splits["test"].labels)
+        predictions.write(folder, said)
+        if run.options.csv:
+            predictions.write_csv(folder, said, names)
         how = {
             "runs_trained_together": len(members),
             "devices_sharing_a_batch": programs.sharing_a_batch(group.mesh),

@@ -24,7 +24,7 @@ from cifar_jax.replicas import programs as replica_programs
 from cifar_jax.replicas import results, shared_workdir
 from cifar_jax.replicas.group import Group
 from cifar_jax.replicas.results import TrainedGroup, folder_of, write_members
-from cifar_jax.reporting import metrics_log
+from cifar_jax.reporting import metrics_log, predictions
 from cifar_jax.reporting.console import counted
 from cifar_jax.runtime import files
 from cifar_jax.runtime.errors import UserError
@@ -228,12 +228,8 @@ def _read(path: Path) -> dict:
 
 
 def _are_written(members: Sequence[Run], diverged: Mapping, workdir: Path) -> bool:
-    return all(
-        (folder_of(workdir, member) / name).exists()
-        for member in members
-        if str(member.config.seed) not in diverged
-        for name in ("summary.json", "probabilities.npy")
-    )
+    folders = [folder_of(workdir, m) for m in members if str(m.config.seed) not in diverged]
+    return all((f / "summary.json").exists() and predictions.are_in(f) for f in folders)
 
 
 # How many runs fit in memory together.

@@ -1,4 +1,4 @@
-"""The spread of a figure over several runs: statistics, lines and a picture of it."""
+"""The spread of a figure over several runs: statistics and lines."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+
+from cifar_jax.reporting import predictions
+from cifar_jax.runtime.errors import UserError
 
 INTERVAL = "mean +- t(0.975, n - 1) * std / sqrt(n), Student's t distribution"
 
@@ -61,7 +64,7 @@ def of_directories(folders: Sequence[Path], labels: np.ndarray) -> dict:
     """Returns what several run directories of the same test images found.
 
     Args:
-      folders: each with `summary.json` and `probabilities.npy` [N, C] (`replicas/results.py`).
+      folders: each with `summary.json` and `predictions.npz` (`reporting/predictions.py`).
       labels: int [N] of the test images.
 
     Returns:
@@ -70,8 +73,7 @@ def of_directories(folders: Sequence[Path], labels: np.ndarray) -> dict:
       "test_correct", "test_count"} of the mean of the runs' probabilities.
     """
     summaries = [json.loads((folder / "summary.json").read_text("utf-8")) for folder in folders]
-    mean = sum(np.load(folder / "probabilities.npy").astype(np.float64) for folder in folders)
-    mean /= len(folders)
+    mean = sum(_probabilities(folder, labels) for folder in folders) / len(folders)
     correct = int((mean.argmax(axis=1) == labels).sum())
     chance = np.maximum(mean[np.arange(len(labels)), labels], np.finfo(np.float64).tiny)
     kept = ("seed", "test_accuracy", "test_loss", "best_epoch", "best_validation_loss")
@@ -86,6 +88,13 @@ def of_directories(folders: Sequence[Path], labels: np.ndarray) -> dict:
             "test_count": len(labels),
         },
     }
+
+
+def _probabilities(folder: Path, labels: np.ndarray) -> np.ndarray:
+    found, _ = predictions.read(folder, labels)
+    if found is None:
+        raise UserError(f"{folder} has lost its predictions.npz: train it again with --overwrite")
+    return found.probabilities.astype(np.float64)
 
 
 def _number(value: float | None, digits: int) -> str:
@@ -105,71 +114,3 @@ def line(name: str, found: Mapping, *, scale: float = 1.0, digits: int = 4, unit
         f"{shown['standard_error']}  95 % interval {low} to {high}  range {shown['min']} to "
         f"{shown['max']}  n {found['n']}"
     )
-
-
-def histogram(
-    values: Sequence[float],
-    found: Mapping,
-    path: str | Path,
-    *,
-    heading: str,
-    value_name: str,
-    ensemble: float | None = None,
-    published: Sequence[float] = (),
-) -> str | Path:
-    """Draws `draw_histogram` into a picture of its own.
-
-    Args:
-      value_name: what the values are, with the unit; also that of `ensemble` and `published`.
-    """
-    from cifar_jax.reporting import plots
-
-    with plots.drawing(path, 7.5, 4.2, palette=256) as figure:
-        axis = figure.subplots()
-        draw_histogram(axis, values, found, ensemble=ensemble, published=published)
-        axis.set(title=heading, xlabel=value_name)
-        figure.legend(loc="outside lower center", ncols=2, fontsize=8.5)
-    return path
-
-
-def draw_histogram(
-    axis,
-    values: Sequence[float],
-    found: Mapping,
-    *,
-    ensemble: float | None = None,
-    published: Sequence[float] = (),
-) -> None:
-    """Draws how many runs had which value, every run as a tick, their mean with its 95 % interval,
-    the ensemble and published figures.
-
-    Args:
-      axis: of Matplotlib.
-      values: one a run, all finite.
-      found: their `spread`.
-    """
-    from matplotlib.ticker import MaxNLocator
-
-    from cifar_jax.reporting import plots
-
-    values = np.asarray(values, float)
-    bars = int(np.clip(round(1.5 * math.sqrt(len(values))), 5, 30))
-    counts, _, _ = axis.hist(values, bars, color=plots.BLUE, alpha=0.45, edgecolor="white")
-    top = max(counts)
-    axis.plot(values, np.full(len(values), -0.04 * top), "|", color=plots.BLUE, ms=9, mew=1.2)
-    low, high = found["interval_95"]
-    label = f"mean {found['mean']:.2f}, std {_number(found['std'], 2)}, n {found['n']}"
-    axis.axvline(found["mean"], color=plots.BLUE, lw=1.8, label=label)
-    if math.isfinite(low):
-        name = f"95 % interval of the mean, {low:.2f} to {high:.2f}"
-        axis.axvspan(low, high, color=plots.BLUE, alpha=0.18, lw=0, label=name)
-    if ensemble is not None:
-        name = f"ensemble of all {ensemble:.2f}"
-        axis.axvline(ensemble, color=plots.GREEN, lw=1.8, ls=(0, (5, 2)), label=name)
-    for k, value in enumerate(published):
-        name = f"published {', '.join(f'{v:g}' for v in published)}" if k == 0 else None
-        axis.axvline(value, color=plots.ORANGE, lw=1.8, ls=(0, (1, 1.2)), label=name)
-    axis.set(ylabel="runs", ylim=(-0.09 * top, 1.12 * top))
-    axis.yaxis.set_major_locator(MaxNLocator("auto", integer=True))
-    axis.grid(axis="y")
-    axis.set_axisbelow(True)

@@ -129,48 +129,104 @@ def best_epoch(rows: Sequence[Mapping]) -> Mapping | None:
     return best
 
 
-def window_line(row: Mapping, steps_per_epoch: int) -> str:
-    """Returns a line such as `epoch 1  step  2000/12500  loss 2.192`, the step in its epoch.
+# Of the table that a run prints as it trains: a header once, then a line an epoch and a window.
+# What is in a column, its heading and its width; of many runs a mean and a standard deviation.
+_HEADINGS = {
+    "train_loss": "train loss",
+    "train_accuracy": "accuracy",
+    "validation_loss": "valid. loss",
+    "validation_accuracy": "accuracy",
+}
+WIDE = 100  # columns of a terminal from which many runs get all their digits
+
+
+def label_width(epochs: int, steps_per_epoch: int = 0) -> int:
+    """Returns the width of the table's first column; `steps_per_epoch` where windows are shown."""
+    width = len(_epoch_label(epochs, epochs))
+    return max(width, len(_window_label(epochs, 0, steps_per_epoch))) if steps_per_epoch else width
+
+
+def _epoch_label(epoch: int, epochs: int) -> str:
+    return f"epoch {epoch:>{len(str(epochs))}}/{epochs}"
+
+
+def _window_label(epoch: int, step: int, steps_per_epoch: int) -> str:
+    return f"epoch {epoch}  step {step:>{len(str(steps_per_epoch))}}/{steps_per_epoch}"
+
+
+def header(width: int, *, validation: bool, runs: int = 1, columns: int = 80) -> str:
+    """Returns the table's heading.
+
+    Args:
+      width: from `label_width`.
+      validation: whether there are validation images.
+      runs: over how many runs a line is.
+      columns: of the terminal.
+    """
+    names = list(_HEADINGS)[: 4 if validation else 2]
+    widths = _widths(runs, columns)
+    cells = [f"{_HEADINGS[name]:>{widths[name.split('_')[1]]}}" for name in names]
+    label = f"{runs} runs" if runs > 1 else ""
+    return f"{label:<{width}}{''.join(cells)}{'seconds':>9}"
+
+
+def _widths(runs: int, columns: int) -> dict[str, int]:
+    if runs == 1:
+        return {"loss": 12, "accuracy": 9}
+    return {"loss": 18, "accuracy": 17} if columns >= WIDE else {"loss": 15, "accuracy": 14}
+
+
+def window_line(row: Mapping, steps_per_epoch: int, width: int = 0) -> str:
+    """Returns a line such as `epoch 1  step  2000/12500      2.1921`: the step in its epoch, and
+    the mean loss, in the column of the training loss.
 
     Args:
       row: of kind `window`; its `step` counts from the start of the run.
+      width: of the first column.
     """
     step = row["step"] - (row["epoch"] - 1) * steps_per_epoch
-    width = len(str(steps_per_epoch))
-    return f"epoch {row['epoch']}  step {step:>{width}}/{steps_per_epoch}  loss {_loss(row, 3)}"
+    label = _window_label(row["epoch"], step, steps_per_epoch)
+    return f"{label:<{width}}{_loss(row, 4):>{_widths(1, 80)['loss']}}"
 
 
-def epoch_line(row: Mapping, epochs: int, *, best: bool = False) -> str:
-    """Returns an epoch's one line: training loss and accuracy, then the validation's if any.
+def epoch_line(row: Mapping, epochs: int, *, best: bool = False, width: int = 0) -> str:
+    """Returns an epoch's one line: training loss and accuracy, then the validation's if any,
+    seconds where they are known, and a star where its validation loss is the lowest so far.
 
     Args:
       row: of kind `epoch`.
       epochs: the run's number of epochs.
-      best: marks the lowest validation loss so far.
+      best: whether there is a star.
+      width: of the first column.
     """
-    width = len(str(epochs))
-    parts = [f"epoch {row['epoch']:>{width}}/{epochs}", f"train {_pair(row, 'train')}"]
-    if "validation_loss" in row:
-        parts.append(f"validation {_pair(row, 'validation')}")
+    widths = _widths(1, 80)
+    cells = [f"{_epoch_label(row['epoch'], epochs):<{width}}"]
+    for part in ("train", "validation"):
+        if f"{part}_loss" in row:
+            cells.append(f"{_loss(row, 4, f'{part}_loss'):>{widths['loss']}}")
+            cells.append(f"{_accuracy(row, part):>{widths['accuracy']}}")
     seconds = row.get("timing", {}).get("seconds")
-    if seconds is not None:
-        parts.append(f"{seconds:.1f} s")
-    if best:
-        parts.append("* best so far")
-    return "  ".join(parts)
+    cells += [f"{seconds:>9.1f}"] if seconds is not None else []
+    return "".join(cells) + ("  *" if best else "")
 
 
-def epochs_line(rows: Sequence[Mapping], epochs: int) -> str:
+def epochs_line(rows: Sequence[Mapping], epochs: int, width: int = 0, columns: int = 80) -> str:
     """Returns one line for the same epoch of several runs: `epoch_line` with means over the runs
-    and standard deviations, of at least one row of kind `epoch`."""
-    parts = [f"epoch {rows[0]['epoch']:>{len(str(epochs))}}/{epochs}"]
+    and standard deviations, of at least one row of kind `epoch`.
+
+    Args:
+      width: of the first column.
+      columns: of the terminal: below 100 there are fewer digits.
+    """
+    widths, more = _widths(max(len(rows), 2), columns), columns >= WIDE
+    cells = [f"{_epoch_label(rows[0]['epoch'], epochs):<{width}}"]
     for part in ("train", "validation"):
         if f"{part}_loss" in rows[0]:
-            loss = _mean_and_std([row[f"{part}_loss"] for row in rows], 4)
-            accuracy = _mean_and_std([100 * row[f"{part}_accuracy"] for row in rows], 2)
-            parts.append(f"{part} loss {loss} accuracy {accuracy} %")
-    parts += [f"{rows[0]['timing']['seconds']:.1f} s", counted(len(rows), "run")]
-    return "  ".join(parts)
+            loss = _mean_and_std([row[f"{part}_loss"] for row in rows], 4 if more else 3)
+            percent = [100 * row[f"{part}_accuracy"] for row in rows]
+            accuracy = f"{_mean_and_std(percent, 2 if more else 1)} %"
+            cells += [f"{loss:>{widths['loss']}}", f"{accuracy:>{widths['accuracy']}}"]
+    return "".join(cells) + f"{rows[0]['timing']['seconds']:>9.1f}"
 
 
 def _mean_and_std(values: Sequence[float], digits: int) -> str:
@@ -178,10 +234,9 @@ def _mean_and_std(values: Sequence[float], digits: int) -> str:
     return f"{mean} ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else mean
 
 
-def _pair(row: Mapping, part: str) -> str:
+def _accuracy(row: Mapping, part: str) -> str:
     accuracy = row.get(f"{part}_accuracy")
-    shown = f"{100 * accuracy:5.2f} %" if accuracy is not None else "  nan %"
-    return f"loss {_loss(row, 4, part + '_loss')} accuracy {shown}"
+    return f"{100 * accuracy:.2f} %" if accuracy is not None else "nan %"
 
 
 def _loss(row: Mapping, digits: int, name: str = "loss") -> str:

@@ -62,6 +62,9 @@ def predictions(
     predicted: np.ndarray,
     class_names: Sequence[str],
     path: str | Path,
+    *,
+    sure: np.ndarray | None = None,
+    heading: str = "Test images",
 ) -> str | Path:
     """Draws the first 20 images titled "predicted (true)", green if right and red if wrong.
 
@@ -70,16 +73,23 @@ def predictions(
       true, predicted: int [N].
       class_names: one a class, in label order.
       path: where the PNG goes.
+      sure: float [N], the probability of the class predicted, written beside it.
+      heading: what images these are.
     """
     images, true, predicted = (x[:GRID_IMAGES] for x in (images, true, predicted))
     right = np.asarray(true) == np.asarray(predicted)
     marks = ["\u2713" if ok else "\u2717" for ok in right]
+    names = [class_names[k] for k in predicted]
+    if sure is not None:
+        named = zip(names, sure[:GRID_IMAGES], strict=True)
+        # Rounded down, as below; without digits, or long names would not fit.
+        names = [f"{short(name, 10)} {math.floor(100 * p)} %" for name, p in named]
     titles = _pair_titles(
-        [f"{mark} {class_names[k]}" for mark, k in zip(marks, predicted, strict=True)],
+        [f"{mark} {name}" for mark, name in zip(marks, names, strict=True)],
         [class_names[k] for k in true],
     )
     colors = [GREEN if ok else RED for ok in right]
-    heading = f"Test images: predicted (true), {right.sum()} of {len(right)} right"
+    heading = f"{heading}: predicted (true), {right.sum()} of {len(right)} right"
     return grid(images, titles, colors, heading, path)
 
 
@@ -109,10 +119,14 @@ def mistakes(
         with drawing(path, 6, 1) as figure:
             figure.text(0.5, 0.5, f"No mistakes in {len(true):,} images", ha="center", va="center")
         return path
-    firsts = [f"{short(class_names[predicted[i]], 11)} {_percent(sure[i])}" for i in worst]
-    titles = _pair_titles(firsts, [class_names[true[i]] for i in worst])
+    own = np.asarray(probabilities)[worst, true[worst]]
+    titles = [
+        f"#{i}\n{short(class_names[predicted[i]], 11)} {_percent(sure[i])}"
+        f"\n({short(class_names[true[i]], 10)} {_percent(p)})"
+        for i, p in zip(worst, own, strict=True)
+    ]
     heading = (
-        f"Most confident mistakes, of {len(wrong):,}: predicted, its probability, (true)"
+        f"Most confident mistakes, of {len(wrong):,}: index, predicted, (true), probabilities"
         if len(worst) > 4
         else "Most confident mistakes"
     )
@@ -124,13 +138,15 @@ def _percent(probability: float) -> str:
     return f"{math.floor(1000 * probability) / 10:.1f} %" if math.isfinite(probability) else "nan"
 
 
-def channels(image: np.ndarray, path: str | Path) -> str | Path:
+def channels(image: np.ndarray, path: str | Path, *, crop: int = 14) -> str | Path:
     """Draws the red, green and blue channels in grey, every pixel's value written in it.
 
     Args:
       image: float [H, W, 3], normalised as the model gets it. The three share one grey scale,
-        black at the image's lowest value and white at its highest.
+        black at the lowest value drawn and white at the highest.
       path: where the PNG goes.
+      crop: side in pixels of the middle of the image, which alone is drawn: at 14 the numbers can
+        be read where the picture is shown pixel for pixel on a screen.
     """
     # Drawn with Pillow: thousands of numbers take matplotlib many seconds.
     load_matplotlib()
@@ -138,17 +154,24 @@ def channels(image: np.ndarray, path: str | Path) -> str | Path:
     from PIL import Image, ImageDraw, ImageFont
 
     image = np.asarray(image, dtype=np.float64)
+    whole = image.shape[:2]
+    (y0, y1), (x0, x1) = (_middle(side, crop) for side in whole)
+    image = image[y0:y1, x0:x1]
     height, width, _ = image.shape
     low, high = float(np.nanmin(image)), float(np.nanmax(image))
     grey = np.nan_to_num((image - low) / max(high - low, 1e-12))
     face = Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
-    large, medium, small = (ImageFont.truetype(str(face), size) for size in (36, 30, 11))
-    cell, edge, top = 36, 20, 115  # pixels
+    large, medium, small = (ImageFont.truetype(str(face), size) for size in (20, 16, 12))
+    cell, edge, top = 36, 20, 80  # pixels
     size = (3 * width * cell + 4 * edge, height * cell + top + edge)
     picture = Image.new("L", size, "white")
     draw = ImageDraw.Draw(picture)
-    heading = f"One image by channel: normalised values, black {low:.2f} to white {high:.2f}"
-    draw.text((edge, edge), heading, fill=INK, font=large)
+    where = f"rows {y0} to {y1 - 1}, columns {x0} to {x1 - 1} of {whole[0]} x {whole[1]}"
+    heading = f"One image by channel, {where}: normalised, black {low:.2f} to white {high:.2f}"
+    for font in (large, medium, small):  # a small image has little room for it
+        if draw.textlength(heading, font=font) < size[0] - 2 * edge:
+            break
+    draw.text((edge, edge), heading, fill=INK, font=font)
     drawn = {}  # value -> its square; a channel has at most 256 of them
 
     def square(value: float, shade: float):
@@ -173,13 +196,20 @@ def channels(image: np.ndarray, path: str | Path) -> str | Path:
     return path
 
 
+def _middle(side: int, crop: int) -> tuple[int, int]:
+    first = max(0, (side - crop) // 2)
+    return first, min(side, first + crop)
+
+
 def _series(rows: Sequence[Mapping], name: str) -> np.ndarray:
     """Returns one value a row, nan where it is absent or was not finite (`null` in the JSON)."""
     values = [row.get(name) for row in rows]
     return np.array([math.nan if value is None else value for value in values], float)
 
 
-def curves(rows: Sequence[Mapping], path: str | Path, *, heading: str = "") -> str | Path:
+def curves(
+    rows: Sequence[Mapping], path: str | Path, *, heading: str = "", note: str = ""
+) -> str | Path:
     """Draws training and validation loss and accuracy by epoch, the best epoch marked.
 
     Args:
@@ -188,11 +218,26 @@ def curves(rows: Sequence[Mapping], path: str | Path, *, heading: str = "") -> s
         epochs.
       path: where the PNG goes.
       heading: a line above the picture.
+      note: a line below it.
 
     Raises:
       UserError: no row of kind `epoch`.
     """
-    load_matplotlib()
+    with drawing(path, 10, 4.2) as figure:
+        figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1, wspace=0.04)
+        figure.suptitle(heading, x=0.01, ha="left", fontsize=11)
+        if note:
+            figure.supxlabel(note, x=0.01, ha="left", fontsize=8.5, color=QUIET)
+        axes = figure.subplots(1, 2)
+        for axis, what in zip(axes, ("loss", "accuracy"), strict=True):
+            draw_curve(axis, rows, what)
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper right", ncols=4)
+    return path
+
+
+def draw_curve(axis, rows: Sequence[Mapping], what: str) -> None:
+    """Draws the `loss` or the `accuracy` of training and validation by epoch on an axis of
+    matplotlib; `rows` as in `curves`."""
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 
     from cifar_jax.reporting.console import best_epoch
@@ -202,86 +247,37 @@ def curves(rows: Sequence[Mapping], path: str | Path, *, heading: str = "") -> s
     if not epochs:
         raise UserError("no epoch has ended yet: there are no curves to draw")
     best = best_epoch(epochs)
-    when = _series(epochs, "epoch")
-    with drawing(path, 10, 4) as figure:
-        figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1, wspace=0.04)
-        figure.suptitle(heading, x=0.01, ha="left", fontsize=11)
-        for axis, what in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
-            if what == "loss" and windows:
-                steps_per_epoch = epochs[0]["step"] / epochs[0]["epoch"]
-                x = _series(windows, "step") / steps_per_epoch
-                label = "training, within epochs"
-                axis.plot(x, _series(windows, "loss"), color=BLUE, alpha=0.35, lw=1, label=label)
-            for name, color, mark in (("train", BLUE, "o"), ("validation", ORANGE, "s")):
-                y = _series(epochs, f"{name}_{what}")
-                if np.isnan(y).all():
-                    continue
-                label = "training, epoch mean" if name == "train" else name
-                axis.plot(when, y, color=color, lw=1.8, marker=mark, ms=3.5, label=label)
-            if best is not None:
-                y = best[f"validation_{what}"]
-                shown = f"{y:.4f}" if what == "loss" else f"{100 * y:.2f} %"
-                label = f"{shown} at epoch {best['epoch']} (lowest validation loss)"
-                axis.axvline(best["epoch"], color=QUIET, lw=0.9, ls=(0, (4, 3)), zorder=0)
-                axis.plot(
-                    [best["epoch"]], [y], "*", color=INK, ms=11, mec="white", label=label, zorder=5
-                )
-            axis.set_title("Loss" if what == "loss" else "Accuracy")
-            axis.set_xlabel("epoch")
-            axis.xaxis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1))
-            if what == "accuracy":
-                axis.yaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
-            axis.grid(axis="y")
-            axis.set_axisbelow(True)
-            axis.margins(x=0.03, y=0.08)
-            axis.legend(fontsize=8.5, frameon=True, framealpha=0.9, edgecolor="none")
-    return path
+    when, title = _series(epochs, "epoch"), what.capitalize()
+    if what == "loss" and windows:
+        x = _series(windows, "step") / (epochs[0]["step"] / epochs[0]["epoch"])
+        y = _series(windows, "loss")
+        label = f"training, mean of {_window(windows)} steps"
+        axis.plot(x, y, color=BLUE, alpha=0.45, lw=1, label=label)
+    for name, color, mark in (("train", BLUE, "o"), ("validation", ORANGE, "s")):
+        y = _series(epochs, f"{name}_{what}")
+        if not np.isnan(y).all():
+            label = "training, epoch mean" if name == "train" else name
+            axis.plot(when, y, color=color, lw=1.8, marker=mark, ms=3.5, label=label)
+    if best is not None and best.get(f"validation_{what}") is not None:
+        y = best[f"validation_{what}"]
+        shown = f"{y:.4f}" if what == "loss" else f"{100 * y:.2f} %"
+        title += f": {shown} on validation at epoch {best['epoch']}"
+        axis.axvline(best["epoch"], color=QUIET, lw=0.9, ls=(0, (4, 3)), zorder=0)
+        label = "lowest validation loss"
+        axis.plot([best["epoch"]], [y], "*", color=INK, ms=11, mec="white", label=label, zorder=5)
+    axis.set_title(title)
+    axis.set_xlabel("epoch")
+    axis.xaxis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1))
+    if what == "accuracy":
+        axis.yaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
+    axis.grid(axis="y")
+    axis.set_axisbelow(True)
+    axis.margins(x=0.03, y=0.08)
 
 
-def confusion_matrix(
-    counts: np.ndarray, class_names: Sequence[str], path: str | Path
-) -> str | Path:
-    """Draws how often each true class (row) was called each class (column).
-
-    Args:
-      counts: int [C, C], `counts[true, predicted]`; a colour is a share of its row. Counts are
-        written in up to 20 classes.
-      class_names: C names.
-      path: where the PNG goes.
-    """
-    counts = np.asarray(counts)
-    classes = len(counts)
-    share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    written = classes <= 20
-    side = 0.52 * max(classes, 4) if written else max(10.0, min(0.115 * classes, 20.0))
-    font = 8.5 if written else min(8.5, max(4.0, 0.8 * 72 * side / classes))
-    every = max(1, math.ceil(classes / (72 * side / 5)))  # names further apart when too many
-    right, total = int(np.trace(counts)), int(counts.sum())
-    with drawing(path, side + 2.4, side + 1.7, palette=256) as figure:
-        axis = figure.subplots()
-        picture = axis.imshow(share, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
-        axis.set_title(f"Accuracy {100 * right / max(total, 1):.2f} % ({right}/{total})", pad=10)
-        names = [short(name, 20) for name in class_names][::every]
-        at = range(0, classes, every)
-        axis.set_xticks(at, names, rotation=90 if classes > 20 else 45, fontsize=font)
-        for label in axis.get_xticklabels():
-            label.set(ha="center" if classes > 20 else "right", rotation_mode="default")
-            if classes <= 20:
-                label.set_rotation_mode("anchor")
-        axis.set_yticks(at, names, fontsize=font)
-        axis.tick_params(length=0)
-        axis.spines[:].set_visible(False)
-        axis.set(xlabel="predicted", ylabel="true")
-        bar = figure.colorbar(picture, ax=axis, shrink=0.6, aspect=25, pad=0.02)
-        bar.set_label("share of the true class")
-        bar.outline.set_visible(False)
-        if written:
-            for (row, column), count in np.ndenumerate(counts):
-                ink = "white" if share[row, column] > 0.55 else (INK if count else "#A0A0A0")
-                axis.text(
-                    column, row, f"{count}", color=ink, fontsize=8.5, ha="center", va="center"
-                )
-    return path
+def _window(windows: Sequence[Mapping]) -> int:
+    """Returns the steps of a window: the first one's end, in its epoch, which it starts with."""
+    return int(windows[0]["step"])
 
 
 # What every picture is drawn on: style, colours, files, and images in a grid.
@@ -297,7 +293,7 @@ SERIES = (BLUE, ORANGE, GREEN, RED, INK, QUIET)  # of lines and points, in order
 GRID_COLUMNS = 10
 _DPI = 120
 
-_STYLE = {
+STYLE = {
     "font.family": ["DejaVu Sans"],  # ships with matplotlib, and has the marks used below
     "font.size": 9.0,
     "text.color": INK,
@@ -373,7 +369,7 @@ def drawing(path: str | Path, width: float, height: float, *, palette: int = 0) 
     from matplotlib.figure import Figure
     from PIL import Image
 
-    with matplotlib.style.context(["default", _STYLE]):  # whatever the user's matplotlibrc says
+    with matplotlib.style.context(["default", STYLE]):  # whatever the user's matplotlibrc says
         figure = Figure(figsize=(width, height), dpi=_DPI, layout="constrained")
         figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08)
         canvas = FigureCanvasAgg(figure)

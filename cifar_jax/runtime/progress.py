@@ -42,6 +42,7 @@ class Progress:
     ):
         from tqdm import tqdm
 
+        self._validated = ""
         stream = sys.stderr if stream is None else stream
         self._bar = tqdm(
             total=total,
@@ -58,13 +59,17 @@ class Progress:
             bar_format="{desc}...",
         )
 
-    def update(self, images: int, *, epoch: int = 0, loss: float | None = None) -> None:
-        """Moves the bar on by `images`; `loss` is the latest mean loss."""
+    def update(self, images: int, *, epoch: int | str = 0, loss: float | None = None) -> None:
+        """Moves the bar on by `images`; `loss` is the latest mean loss, `epoch` such as `2/30`."""
         self._bar.bar_format = _FORMAT
         if loss is not None:
             self._bar.set_description_str(f"epoch {epoch} ", refresh=False)
-            self._bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
+            self._bar.set_postfix_str(f"loss {loss:.3f}{self._validated}", refresh=False)
         self._bar.update(images)
+
+    def validated(self, accuracy: float | None) -> None:
+        """Shows from now on what the last validation found, in [0, 1]."""
+        self._validated = "" if accuracy is None else f", validation {100 * accuracy:.1f} %"
 
     def skip(self, images: int) -> None:
         """Moves the bar on by images that were trained on before; they do not count in images/s."""

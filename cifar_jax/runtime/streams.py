@@ -18,6 +18,17 @@ def printable(text: str, stream: TextIO | None) -> str:
     return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
+def bold(text: str) -> str:
+    """Returns `text` in bold where stdout is a terminal that has it; https://no-color.org is
+    respected."""
+    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    try:
+        terminal = sys.stdout.isatty()
+    except (AttributeError, ValueError):
+        terminal = False
+    return f"\x1b[1m{text}\x1b[0m" if terminal and not plain else text
+
+
 def json_text(values: Any) -> str:
     """Returns one line of JSON for stdout, in ASCII where its encoding would need escapes: those
     of `printable` are not JSON's."""

@@ -125,6 +125,23 @@ def evaluate_split(
     return split_results(sums, logits, class_names, size)
 
 
+def probabilities_of(
+    predict: Callable, variables: dict, images: np.ndarray, batches: int, batch_size: int
+) -> np.ndarray:
+    """Returns probabilities float32 [N, C] of images uint8 [N, H, W, 3], `batches` batches of
+    `batch_size` in a call, the last padded: the shape of an earlier call needs no new program."""
+    size, found = len(images), []
+    for start in range(0, size, batches * batch_size):
+        indices = np.minimum(start + np.arange(batches * batch_size), size - 1)
+        logits = predict(variables, images[indices].reshape(batches, batch_size, *images.shape[1:]))
+        found.append(_softmax(logits))
+    return np.concatenate(found)[:size]
+
+
+def _softmax(logits: jax.Array) -> np.ndarray:
+    return np.asarray(jax.jit(jax.nn.softmax)(logits)).reshape(-1, logits.shape[-1])
+
+
 def split_results(
     sums: dict, logits: jax.Array, class_names: Sequence[str], size: int
 ) -> tuple[dict, np.ndarray]:
@@ -132,8 +149,7 @@ def split_results(
     logits [batches, B, C]."""
     found = console.results(sums, sums["confusion"], class_names)
     found["confusion"] = sums["confusion"]
-    probabilities = np.asarray(jax.jit(jax.nn.softmax)(logits)).reshape(-1, logits.shape[-1])
-    return found, probabilities[:size]
+    return found, _softmax(logits)[:size]
 
 
 def programs(

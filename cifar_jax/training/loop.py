@@ -190,7 +190,7 @@ class Loop:
                 self.runs.show_window(self.log.append("window", **self.runs.label(i), **values))
         images = int(counts[:, before:].sum(axis=1).max()) * len(self.runs.members)
         loss = float(means[alive, before:].mean()) if len(alive) else np.nan
-        self.bar.update(images, epoch=at.epoch, loss=loss)
+        self.bar.update(images, epoch=f"{at.epoch}/{self.recipe.epochs}", loss=loss)
 
     def _finish_epoch(self, at: Position, began: float) -> Position:
         runs, step = self.runs, at.epoch * self.steps
@@ -215,6 +215,8 @@ class Loop:
             former = at.best_rows[i]
             at.best_rows[i] = console.best_epoch([row for row in (former, rows[-1]) if row])
             improved[i] = at.best_rows[i] is rows[-1]
+        found = [row.get("validation_accuracy") for row in rows]
+        self.bar.validated(float(np.mean(found)) if rows and None not in found else None)
         runs.show_epoch(rows, improved)
         arrays = runs.next_epoch(at.arrays, improved)
         at = dataclasses.replace(at, epoch=at.epoch + 1, step=0, arrays=arrays)

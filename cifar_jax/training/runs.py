@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from cifar_jax.input_pipeline import record_source
 from cifar_jax.parallel import agreement, placement, programs
 from cifar_jax.parallel.placement import Examples, Placement
 from cifar_jax.reporting import console
+from cifar_jax.runtime.streams import bold
 from cifar_jax.training import checks, setup
 from cifar_jax.training.setup import Run
 
@@ -71,6 +73,19 @@ class Runs:
         self.run = members[0]
         self.recipe = self.run.config.recipe
         self.validates = len(self.run.validation) > 0
+        windows = self.run.steps_per_epoch if self.alone and self.recipe.log_every else 0
+        self.label_width = console.label_width(self.recipe.epochs, windows)
+        self.columns = shutil.get_terminal_size().columns
+        self._headed = False
+
+    def say_row(self, line: str, *, runs: int = 1, marked: bool = False) -> None:
+        """Says a line of the table that training prints, below its heading; in bold where it is
+        `marked` and the terminal has that."""
+        if not self._headed:
+            options = {"validation": self.validates, "runs": runs, "columns": self.columns}
+            self.say(console.header(self.label_width, **options))
+            self._headed = True
+        self.say(bold(line) if marked else line)
 
     def empty_metrics(self) -> dict[str, jax.Array]:
         shape = () if self.alone else (len(self.members),)
@@ -196,12 +211,15 @@ class OneRun(Runs):
 
     def show_window(self, row: dict) -> None:
         self.events(row)
-        self.say(console.window_line(row, self.run.steps_per_epoch))
+        steps = self.run.steps_per_epoch
+        self.say_row(console.window_line(row, steps, self.label_width))
 
     def show_epoch(self, rows: list[dict], improved: np.ndarray) -> None:
         (row,) = rows
         self.events(row)
-        self.say(console.epoch_line(row, self.recipe.epochs, best=improved[0]))
+        best, width = bool(improved[0]), self.label_width
+        line = console.epoch_line(row, self.recipe.epochs, best=best, width=width)
+        self.say_row(line, marked=best)
         if row["epoch"] == 1:
             classes = len(self.run.dataset.class_names)
             for line in checks.stuck_advice(row["train_loss"], classes):

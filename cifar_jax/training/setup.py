@@ -35,6 +35,8 @@ class Options:
       save_minutes: minutes between two saves within an epoch.
       plots: whether to draw the pictures at the end.
       tensorboard: whether to write TensorBoard events too.
+      report: whether to write `report.html` at the end.
+      csv: whether to write `predictions.csv` too.
     """
 
     feed: str = "resident"
@@ -43,6 +45,8 @@ class Options:
     save_minutes: float = 5.0
     plots: bool = True
     tensorboard: bool = False
+    report: bool = True
+    csv: bool = False
 
 
 @dataclasses.dataclass

@@ -12,8 +12,9 @@ from cifar_jax.models import fold
 from cifar_jax.models.layer_table import format_table, summarise
 from cifar_jax.parallel import hardware
 from cifar_jax.recipes import Recipe
-from cifar_jax.reporting import console, metrics_log, plots
+from cifar_jax.reporting import confusion, console, metrics_log, page, plots, predictions
 from cifar_jax.reporting.plots import attempt
+from cifar_jax.reporting.predictions import Predictions
 from cifar_jax.runtime.environment import environment
 from cifar_jax.runtime.files import write_json
 from cifar_jax.runtime.timing import peak_memory
@@ -34,6 +35,24 @@ def test(run: Run, state: steps.TrainState, split: str) -> tuple[dict, np.ndarra
             run.dataset.class_names,
             run.config.recipe.eval_batch_size,
         )
+
+
+def held_out(run: Run, state: steps.TrainState) -> Predictions | None:
+    """Returns what the tested weights say of the validation images; None where there are none."""
+    if len(run.validation) == 0:
+        return None
+    train, tested = run.dataset.splits["train"], len(run.dataset.splits["test"].labels)
+    size = min(run.config.recipe.eval_batch_size, tested)
+    with run.clock("test"):
+        probabilities = evaluation.probabilities_of(
+            run.predict,
+            steps.inference_variables(state),
+            train.images[run.validation],
+            -(-tested // size),
+            size,
+        )
+    labels = np.asarray(train.labels, np.int32)[run.validation]
+    return Predictions(probabilities, labels, np.asarray(run.validation, np.int32))
 
 
 def summarize(run: Run, trained: dict, found: dict) -> dict:
@@ -149,6 +168,10 @@ def finish(run: Run, workdir: Path, state: steps.TrainState, trained: dict, say:
     with metrics_log.MetricsLog(workdir / "metrics.jsonl") as log:
         log.append("test", **found)
     labels, names = run.dataset.splits["test"].labels, run.dataset.class_names
+    said, validation = predictions.of_split(probabilities, labels), held_out(run, state)
+    predictions.write(workdir, said, validation)
+    if run.options.csv:
+        predictions.write_csv(workdir, said, names)
     say("")
     say(console.first_images_lines(labels, probabilities.argmax(axis=-1), names))
     say(console.results_lines(found, split="Test"))
@@ -156,9 +179,17 @@ def finish(run: Run, workdir: Path, state: steps.TrainState, trained: dict, say:
         draw(run, workdir, state.key.addressable_data(0), found, probabilities, say)
     summary = metrics_log.to_json(summarize(run, trained, found))
     write_json(workdir / "summary.json", summary)
+    if run.options.report:
+        write_report(run, workdir, say)
     say(console.timing_line(summary["seconds"], summary["images_per_second"]))
     say(f"Written to {workdir}")
     return summary
+
+
+def write_report(run: Run, workdir: Path, say: Print) -> None:
+    """Writes `report.html` of a run, or of many, whose `summary.json` is there."""
+    tested = run.dataset.splits["test"]
+    attempt({workdir / page.NAME: lambda path: page.write([workdir], path, tested)}, say)
 
 
 def first_batch(run: Run, key: jax.Array) -> tuple[np.ndarray, np.ndarray]:
@@ -177,6 +208,19 @@ def first_batch(run: Run, key: jax.Array) -> tuple[np.ndarray, np.ndarray]:
     return np.asarray(images, np.float32), train.labels[shown]
 
 
+def training_note(run: Run) -> str:
+    """Returns what there is to say of training curves that look worse than validation's."""
+    causes = ["augmentation"] if run.config.recipe.augment else []
+    shape = setup.input_shape(run.config.recipe, run.config.dataset["image_shape"])
+    if any(layer.kind == "Dropout" for layer in summarise(run.model, shape)):
+        causes.insert(0, "dropout")
+    if not causes:
+        return ""
+    return (
+        f"Training is measured with {' and '.join(causes)}, validation without: it may look worse."
+    )
+
+
 def draw(
     run: Run, workdir: Path, key: jax.Array, found: dict, probabilities: np.ndarray, say: Print
 ) -> None:
@@ -189,7 +233,7 @@ def draw(
     recipe, names = run.config.recipe, run.dataset.class_names
     split = run.dataset.splits["test"]
     true, predicted = split.labels, probabilities.argmax(axis=-1)
-    few = slice(0, plots.GRID_IMAGES)
+    drawn = np.random.default_rng(run.config.seed).permutation(len(true))[: plots.GRID_IMAGES]
 
     def training_batch(path: Path) -> None:
         images, labels = first_batch(run, key)
@@ -205,17 +249,26 @@ def draw(
         plots.channels(np.asarray(augment.normalize(image, recipe.normalize)), path)
 
     def curves(path: Path) -> None:
-        heading = f"{recipe.model} on {run.config.dataset['name']}"
+        config, tested = run.config, f"{100 * found['test_accuracy']:.2f} % of the test right"
+        heading = f"{config.recipe_name} on {config.dataset['name']}, seed {config.seed}: {tested}"
         rows = metrics_log.read_metrics(workdir / "metrics.jsonl")
-        plots.curves(rows, path, heading=heading)
+        plots.curves(rows, path, heading=heading, note=training_note(run))
 
     pictures = {
         "training_batch": training_batch,
         "channels": channels,
         "curves": curves,
-        "confusion_matrix": lambda path: plots.confusion_matrix(found["confusion"], names, path),
+        "confusion_matrix": lambda path: confusion.confusion_matrix(
+            found["confusion"], names, path
+        ),
         "predictions": lambda path: plots.predictions(
-            split.images[few], true[few], predicted[few], names, path
+            split.images[drawn],
+            true[drawn],
+            predicted[drawn],
+            names,
+            path,
+            sure=probabilities.max(axis=-1)[drawn],
+            heading=f"Test images drawn at random, seed {run.config.seed}",
         ),
         "mistakes": lambda path: plots.mistakes(
             split.images, true, predicted, probabilities, names, path

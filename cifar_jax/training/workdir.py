@@ -5,10 +5,12 @@ metrics.jsonl    one row a window, an epoch, the test
 summary.json     written at the end
 checkpoints/     newest and best
 plots/           pictures
+predictions.npz  probabilities of the test images, and of validation's (`reporting/predictions.py`)
+report.html      one page about the run
 
 Of several runs at once (`--seeds`), the directory holds `config.json`, `summary.json` and `plots/`
-of all of them together, `seed-<n>/`, each the directory of an ordinary run (with the test's
-`probabilities.npy`), and until these are written `groups/`, what it takes to go on.
+of all of them together, `seed-<n>/`, each the directory of an ordinary run, and until these are
+written `groups/`, what it takes to go on.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from cifar_jax.runtime.files import write_json
 FORMAT = 1
 _OWN_NAMES = (
     *("config.json", "metrics.jsonl", "summary.json", "checkpoints", "plots", "tensorboard"),
+    *("predictions.npz", "predictions.csv", "report.html"),
     *("probabilities.npy", "results.csv", "groups"),
 )
 _OWN_PATTERN = "seed-*"

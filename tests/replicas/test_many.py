@@ -17,6 +17,7 @@ from cifar_jax import convert, evaluate, predict, recipes, train
 from cifar_jax.parallel import programs
 from cifar_jax.recipes import RECIPES
 from cifar_jax.replicas import results, scheduler
+from cifar_jax.reporting import predictions
 from cifar_jax.runtime.errors import UserError, run_command
 from cifar_jax.training.setup import Run
 
@@ -102,7 +103,9 @@ def test_what_is_said_and_summed_up(group):
     for text in (
         "test images, seed of each of 3,4,9",
         "3 runs, seeds 3,4,9, on 2 devices, form map (one after another on each)",
-        "epoch 1/3  train loss ",
+        "3 runs ",
+        "train loss",
+        "epoch 1/3 ",
         " ± ",
         "Test accuracy ",
         "95 % interval",
@@ -123,7 +126,8 @@ def test_what_is_said_and_summed_up(group):
     assert summary["per_class"][3]["class"] == "cat"
     assert summary["per_class"][3]["mean"] == pytest.approx(np.mean(cats))
     # The ensemble, from the runs' own probabilities; labels go round in the tiny set.
-    shares = [np.load(workdir / f"seed-{seed}" / "probabilities.npy") for seed in SEEDS]
+    said = [predictions.read(workdir / f"seed-{seed}")[0] for seed in SEEDS]
+    shares = [found.probabilities for found in said]
     right = np.mean(shares, axis=0).argmax(axis=1) == np.arange(SIZES["test"]) % 10
     assert summary["ensemble"]["test_correct"] == right.sum()
     assert summary["seeds"] == list(SEEDS)
@@ -291,7 +295,7 @@ def test_in_a_thread_and_without_its_picture(group, tiny, tmp_path, monkeypatch)
     def fail(*_, **__):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("cifar_jax.replicas.statistics.histogram", fail)
+    monkeypatch.setattr("cifar_jax.reporting.distribution.histogram", fail)
     arguments = (tiny, tmp_path / "group", *words("--seeds 3:5,9 --devices 2"))
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         summary, said = pool.submit(start, *arguments).result()

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from cifar_jax.replicas import statistics
+from cifar_jax.reporting import distribution
 
 
 def test_spread_of_four_values():
@@ -60,8 +61,8 @@ def test_the_ensemble_is_the_mean_of_probabilities(tmp_path):
 def test_histogram_is_drawn(count, tmp_path):
     values = np.random.default_rng(0).normal(55, 1, count).tolist()
     path = tmp_path / "h.png"
-    statistics.histogram(
+    distribution.histogram(
         values, statistics.spread(values), path, heading="runs", value_name="%", published=[55, 54]
     )
     with Image.open(path) as picture:
-        assert picture.size == (900, 504)
+        assert picture.size == (900, 504 if count >= 15 else 360)

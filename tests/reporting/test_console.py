@@ -63,24 +63,51 @@ def test_best_epoch_is_the_first_lowest_finite_one():
 
 def test_window_line_counts_steps_within_the_epoch():
     row = {"kind": "window", "epoch": 1, "step": 2000, "loss": 2.1921}
-    assert console.window_line(row, 12500) == "epoch 1  step  2000/12500  loss 2.192"
+    assert console.window_line(row, 12500) == "epoch 1  step  2000/12500      2.1921"
     row = {"kind": "window", "epoch": 2, "step": 24500, "loss": None}
-    assert console.window_line(row, 12500) == "epoch 2  step 12000/12500  loss nan"
+    assert console.window_line(row, 12500) == "epoch 2  step 12000/12500         nan"
 
 
 def test_epoch_line_with_and_without_validation():
     row = {
         "kind": "epoch", "epoch": 3, "step": 6000, "train_loss": 1.23456, "train_accuracy": 0.5512,
     }  # fmt: skip
-    plain = "epoch  3/30  train loss 1.2346 accuracy 55.12 %"
+    plain = "epoch  3/30      1.2346  55.12 %"
     assert console.epoch_line(row, 30) == plain
     row |= {"validation_loss": 1.1, "validation_accuracy": 0.6, "timing": {"seconds": 12.34}}
-    assert console.epoch_line(row, 30, best=True) == (
-        f"{plain}  validation loss 1.1000 accuracy 60.00 %  12.3 s  * best so far"
-    )
+    assert console.epoch_line(row, 30, best=True) == (f"{plain}      1.1000  60.00 %     12.3  *")
     # As read back from a log: numbers that were not finite are None.
     row |= {"validation_loss": None, "validation_accuracy": None}
-    assert "validation loss nan accuracy   nan %" in console.epoch_line(row, 30)
+    assert "         nan    nan %" in console.epoch_line(row, 30)
+
+
+@pytest.mark.parametrize(("runs", "columns"), [(1, 80), (32, 80), (32, 120)])
+def test_the_table_stands_in_columns_and_fits(runs, columns):
+    rows = [
+        {
+            "kind": "epoch", "epoch": 9, "step": 900, "train_loss": 1.2 + 0.01 * k,
+            "train_accuracy": 0.5, "validation_loss": 1.1, "validation_accuracy": 0.6 + 0.001 * k,
+            "timing": {"seconds": 1234.5},
+        }
+        for k in range(runs)
+    ]  # fmt: skip
+    width = console.label_width(30, 12500 if runs == 1 else 0)
+    heading = console.header(width, validation=True, runs=runs, columns=columns)
+    if runs == 1:
+        window = {"kind": "window", "epoch": 9, "step": 102000, "loss": 1.5}
+        lines = [
+            console.window_line(window, 12500, width),
+            console.epoch_line(rows[0], 30, best=True, width=width),
+        ]
+    else:
+        lines = [console.epochs_line(rows, 30, width, columns)]
+    assert max(map(len, [heading, *lines])) <= columns
+    ends = [heading.index(name) + len(name) for name in ("train loss", "valid. loss", "seconds")]
+    for line in lines:
+        assert line[ends[0] - 1].isdigit()
+        assert len(line) == ends[0] or line[ends[0]] == " "
+    assert lines[-1][ends[1] - 1].isdigit()
+    assert lines[-1][: ends[2]].endswith("1234.5")
 
 
 def test_first_images_stand_under_each_other():

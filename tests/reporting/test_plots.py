@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from tiny_data import python
 
-from cifar_jax.reporting import plots
+from cifar_jax.reporting import confusion, plots
 from cifar_jax.runtime.errors import UserError
 
 NAMES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
@@ -68,7 +68,8 @@ def test_mistakes_are_the_surest_ones_in_order(images, tmp_path, monkeypatch):
     probabilities[3, 1] = 0.9996
     plots.mistakes(images, true, predicted, probabilities, NAMES, tmp_path / "m.png")
     assert len(drawn["titles"]) == 12
-    assert drawn["titles"][0] == "automobile 99.9 %\n(airplane)"  # never rounded up to 100
+    # Never rounded up to 100.
+    assert drawn["titles"][0] == "#3\nautomobile 99.9 %\n(airplane 1.0 %)"
     np.testing.assert_array_equal(drawn["images"][0], images[3])
     np.testing.assert_array_equal(drawn["images"][1], images[11])
 
@@ -81,16 +82,19 @@ def test_no_mistakes_and_no_images(images, tmp_path):
         plots.training_grid(images[:0], labels[:0], NAMES, tmp_path / "empty.png")
 
 
-def test_channels_write_every_value_in_readable_ink(tmp_path):
+def test_channels_write_every_value_of_the_middle_in_readable_ink(tmp_path):
     ramp = np.linspace(-1, 1, 32 * 32 * 3).reshape(32, 32, 3)
     picture = pixels(plots.channels(ramp.astype(np.float32), tmp_path / "channels.png"))
     assert (picture[:10] == 255).all()  # the margin is white
-    top, left, cell = 115, 20, 36
-    for row in (0, 31):
-        for column in (0, 13, 31):
+    assert picture.shape[1] < 1600, "shown pixel for pixel on a usual screen"
+    top, left, cell, first = 80, 20, 36, 9
+    shown = ramp[first : first + 14, first : first + 14]
+    low, high = shown.min(), shown.max()
+    for row in (0, 13):
+        for column in (0, 6, 13):
             y, x = top + row * cell, left + column * cell
             patch = picture[y + 2 : y + cell - 2, x + 1 : x + cell - 1, 0]
-            shade = 255 * (ramp[row, column, 0] + 1) / 2
+            shade = 255 * (shown[row, column, 0] - low) / (high - low)
             assert abs(patch[0, 0] - shade) <= 5
             ink = 0 if shade > 127 else 255
             assert (abs(patch - ink) < 40).sum() > 15
@@ -131,13 +135,25 @@ def test_confusion_matrix_is_dark_on_the_diagonal(tmp_path, classes):
     counts = np.eye(classes, dtype=np.int64) * 50
     counts[0] = 0  # a class without images
     names = [f"a class with quite a long name, number {k}" for k in range(classes)]
-    picture = pixels(plots.confusion_matrix(counts, names, tmp_path / "confusion.png"))
+    picture = pixels(confusion.confusion_matrix(counts, names, tmp_path / "confusion.png"))
     dark = (picture == picture[picture.sum(axis=-1) > 0][0]).all(axis=-1)
     assert dark.size > 10_000
-    navy = (np.abs(picture - [8, 48, 107]) < 12).all(axis=-1)  # the darkest of "Blues"
-    ys, xs = np.nonzero(navy[:, : int(0.8 * navy.shape[1])])
+    blue = [int(plots.BLUE[i : i + 2], 16) for i in (1, 3, 5)]
+    full = (np.abs(picture - blue) < 12).all(axis=-1)
+    ys, xs = np.nonzero(full[:, : int((0.6 if classes < 100 else 0.8) * full.shape[1])])
     assert np.corrcoef(ys, xs)[0, 1] > 0.95 or classes == 2
-    assert math.prod(navy.shape) < 10_000_000
+    assert math.prod(full.shape) < 10_000_000
+
+
+def test_the_most_frequent_mistake_has_the_full_colour_however_rare_it_is(tmp_path):
+    counts = np.eye(4, dtype=np.int64) * 990 + 1
+    counts[2, 1] = 8
+    picture = pixels(confusion.confusion_matrix(counts, list("abcd"), tmp_path / "confusion.png"))
+    orange = [int(plots.ORANGE[i : i + 2], 16) for i in (1, 3, 5)]
+    full = (np.abs(picture - orange) < 6).all(axis=-1)[:, : int(0.5 * picture.shape[1])]
+    ys, xs = np.nonzero(full)
+    assert len(ys) > 1000
+    assert np.ptp(ys) < 70 > np.ptp(xs), "one cell"
 
 
 def test_odd_class_names_and_a_users_own_style(images, tmp_path):
@@ -153,7 +169,7 @@ def test_odd_class_names_and_a_users_own_style(images, tmp_path):
 PICTURE = """
 import os, sys
 import numpy as np
-from cifar_jax.reporting import plots
+from cifar_jax.reporting import confusion, plots
 plots.channels(np.zeros((2, 2, 3), np.float32), sys.argv[1])
 import matplotlib
 print(os.environ["MPLBACKEND"], matplotlib.rcParams["backend"] == os.environ["MPLBACKEND"])
