@@ -33,6 +33,7 @@ def make_parser() -> cli.Parser:
     parser.add_argument("--batch-size", type=cli.positive, default=256, help="images in a batch")
     parser.add_argument("--json", action="store_true", help="print one JSON object an image")
     cli.add_device_options(parser)
+    cli.add_trust_option(parser)
     return parser
 
 
@@ -190,7 +191,10 @@ def main(arguments: Sequence[str] | None = None, say=print) -> list[dict]:
         _refuse(bad)
     cli.start_device(options)
     trained = evaluation.load(
-        options.run, cli.checkpoint_name(options.checkpoint), lowering=options.conv
+        options.run,
+        cli.checkpoint_name(options.checkpoint),
+        lowering=options.conv,
+        trust_code=options.trust_code,
     )
     for line in trained.notices:
         print(f"warning: {line}", file=sys.stderr)

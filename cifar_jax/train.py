@@ -64,6 +64,7 @@ def make_parser() -> cli.Parser:
         action="store_true",
         help="where the data set cannot be had, train on the built-in shapes10 and say so",
     )
+    cli.add_trust_option(parser)
     cli.add_recipe_options(parser)
     cli.add_data_options(parser)
     cli.add_test_fraction(parser)
@@ -174,6 +175,7 @@ def prepare(options, say, **changes) -> tuple:
     Raises:
       UserError: all that may be refused before there is a directory.
     """
+    from cifar_jax.models import own
     from cifar_jax.runtime.timing import Clock
     from cifar_jax.training.setup import Options, input_shape, make_run
     from cifar_jax.training.workdir import Config, describe_data
@@ -185,7 +187,8 @@ def prepare(options, say, **changes) -> tuple:
         dataset, recipe = _load(options, asked, say)
     seeds = options.seeds or ()
     seed = seeds[0] if seeds else getattr(options, "seed", DEFAULT_SEED)
-    config = Config(recipe_name, recipe, seed, describe_data(dataset), seeds=seeds)
+    code = own.code_of(recipe.model)
+    config = Config(recipe_name, recipe, seed, describe_data(dataset), seeds=seeds, code=code)
     run_options = Options(
         feed=options.feed,
         lowering=options.conv,
@@ -198,7 +201,7 @@ def prepare(options, say, **changes) -> tuple:
     source, notices = _source(options, recipe), []
     if source is not None:
         shape = input_shape(recipe, config.dataset["image_shape"])
-        start = init_from.load(source, run.model, shape)
+        start = init_from.load(source, run.model, shape, options.trust_code)
         run.start_from(start.variables, start.record)
         notices = [*start.notices, ""]
     name = default_name(dataclasses.replace(run.config, recipe=asked), options.image_size)
@@ -279,6 +282,7 @@ def default_name(config, image_size: int | None = None) -> str:
     parts = [config.recipe_name, *(_shown(n, v) for n, v in given if v != usual[n])]
     parts += [f"image_size{image_size}"] if image_size else []
     parts += [f"init_from_{config.init_from['sha256'][:8]}"] if config.init_from else []
+    parts += [f"code_{config.code.sha256[:8]}"] if config.code else []
     seeds = f"seed{config.seed}"
     if config.seeds:
         first, colon, end = show_seeds(config.seeds).partition(":")

@@ -15,12 +15,13 @@ from jax.sharding import Mesh
 
 from cifar_jax import augment, input_pipeline, optimizers, steps
 from cifar_jax.datasets import Dataset
-from cifar_jax.models import init, model_of
+from cifar_jax.models import init, model_of, own
 from cifar_jax.parallel import hardware, placement, programs
 from cifar_jax.parallel.placement import Placement
 from cifar_jax.recipes import Recipe
 from cifar_jax.runtime.errors import lookup
 from cifar_jax.runtime.timing import Clock
+from cifar_jax.training import checks
 from cifar_jax.training.workdir import Config
 
 
@@ -117,6 +118,9 @@ def make_run(config: Config, dataset: Dataset, options: Options, clock: Clock) -
     input_pipeline.check_batch_size(recipe.batch_size, len(training))
     model = model_of(recipe, len(dataset.class_names), options.lowering)
     image_shape = dataset.splits["train"].images.shape[1:]
+    if own.is_own(recipe.model):
+        shape = input_shape(recipe, image_shape)
+        checks.check_own(recipe.model, model, shape, len(dataset.class_names))
     create = state_maker(recipe, model, config.steps_per_epoch, image_shape)
     shapes = jax.eval_shape(create, keys["state"])
     optimizers.check_groups(shapes.params, recipe.freeze, recipe.rate_scales)
@@ -240,7 +244,10 @@ def swept_step_of(recipe: Recipe, model: nn.Module, steps_per_epoch: int) -> Cal
 
 def cpu_threads(recipe: Recipe, devices: str) -> int | None:
     """Returns `hardware.cpu_threads` of a recipe, its network sized for CIFAR-10. Starts no
-    backend: the answer is for `hardware.select_platform`."""
+    backend: the answer is for `hardware.select_platform`. A network of the user's own, which may
+    not take such images, gets all of them."""
+    if own.is_own(recipe.model):
+        return None
 
     def weights() -> int:
         model = model_of(recipe, 10, "lax")
