@@ -48,7 +48,8 @@ class Recipe:
     )
     model_option: tuple[str, ...] = setting((), "name=value: what the network is made with")
     dataset: str = setting(
-        "cifar10", "cifar10, cifar100, shapes10 or any prepared tfds set of images"
+        "cifar10",
+        "cifar10, cifar100, shapes10, any prepared tfds set of images, folder:PATH or npz:FILE",
     )
     normalize: str = setting(
         "half", "half ([-1, 1]), unit ([0, 1]), cifar10 or imagenet statistics"

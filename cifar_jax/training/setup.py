@@ -14,12 +14,12 @@ import numpy as np
 from jax.sharding import Mesh
 
 from cifar_jax import augment, input_pipeline, optimizers, steps
-from cifar_jax.datasets import Dataset
+from cifar_jax.datasets import Dataset, own_images
 from cifar_jax.models import init, model_of, own
 from cifar_jax.parallel import hardware, placement, programs
 from cifar_jax.parallel.placement import Placement
 from cifar_jax.recipes import Recipe
-from cifar_jax.runtime.errors import lookup
+from cifar_jax.runtime.errors import UserError, lookup
 from cifar_jax.runtime.timing import Clock
 from cifar_jax.training import checks
 from cifar_jax.training.workdir import Config
@@ -114,6 +114,8 @@ def make_run(config: Config, dataset: Dataset, options: Options, clock: Clock) -
     lookup(augment.NORMALIZATIONS, recipe.normalize, "normalization")
     for name in recipe.augment:
         lookup(augment.AUGMENTATIONS, name, "augmentation")
+    if options.feed == "stream" and own_images.is_own(dataset.name):
+        raise UserError(f"--feed stream reads prepared sets; {dataset.name} is read whole")
     keys, training, validation = drawn(config)
     input_pipeline.check_batch_size(recipe.batch_size, len(training))
     model = model_of(recipe, len(dataset.class_names), options.lowering)
