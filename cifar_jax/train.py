@@ -18,6 +18,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from cifar_jax import _cli as cli
+from cifar_jax import _config
 from cifar_jax.recipes import RECIPES
 from cifar_jax.runtime.errors import UserError, nearest, run_command
 from cifar_jax.runtime.files import absolute
@@ -35,6 +36,12 @@ def make_parser() -> cli.Parser:
         help=f"of everything random (default: {DEFAULT_SEED})",
     )
     cli.add_replica_options(parser)
+    parser.add_argument(
+        "--config", type=cli.path, metavar="FILE", help="settings: TOML, or a run's config.json"
+    )
+    parser.add_argument(
+        "--print-config", action="store_true", help="print the settings as TOML, and train nothing"
+    )
     parser.add_argument(
         "--workdir", type=cli.path, help="run directory; resumes by itself (default: runs/...)"
     )
@@ -144,7 +151,11 @@ def _source(options, recipe) -> str | Path | None:
 def main(arguments: Sequence[str] | None = None, say=print) -> dict:
     """Parses, trains, tests, reports. Returns what `summary.json` holds. Raises `UserError`."""
     options = make_parser().parse(arguments)
-    recipe = cli.recipe_from(options)[1]
+    _config.apply(options)
+    name, recipe = cli.recipe_from(options)
+    if options.print_config:
+        say(_config.text_of(name, recipe, options, getattr(options, "seed", DEFAULT_SEED)))
+        return {}
     from cifar_jax.input_pipeline import FEEDS
     from cifar_jax.parallel import distributed
 

@@ -368,4 +368,7 @@ class _Switched:
                 given = {"train": train} if takes(self.net.__call__, "train") else {}
                 return self.net(images, **given)
 
-        return Switched(self.maker(**dict(self.options), rngs=rngs))
+        # At first linen has one stream, `params`; a module may ask for any, as for `dropout`.
+        default = rngs.params() if "params" in rngs else rngs.default()
+        others = {name: rngs[name]() for name in rngs if name not in ("params", "default")}
+        return Switched(self.maker(**dict(self.options), rngs=nnx.Rngs(default, **others)))
