@@ -12,9 +12,10 @@ import sys
 
 # Whether this is `python -m cifar_jax.train` or another command of ours: while the module is looked
 # up `argv` is "-m" and the arguments, and the word before these is its name.
-IS_COMMAND = sys.argv[:1] == ["-m"] and "".join(sys.orig_argv[-len(sys.argv) :][:1]).startswith(
-    f"{__name__}."
-)
+_word = "".join(sys.orig_argv[-len(sys.argv) :][:1])
+IS_COMMAND = (
+    sys.argv[:1] == ["-m"] and (_word == __name__ or _word.startswith(f"{__name__}."))
+) or "".join(sys.argv[:1]).endswith("/cifar-jax")
 # The collector would spend a quarter of the time the imports take (0.5 of 2 s) on objects that
 # stay. `errors.run_command` starts it.
 if IS_COMMAND:

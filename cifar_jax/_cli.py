@@ -7,7 +7,7 @@ import dataclasses
 import typing
 from collections.abc import Iterable, Iterator, Sequence
 
-from cifar_jax.models import MODELS
+from cifar_jax.models import MODELS, own
 from cifar_jax.recipes import MODEL_RECIPES, RECIPES, TTA_NAMES, Recipe, option_of, parse_names
 from cifar_jax.runtime.errors import UserError, lookup, nearest
 from cifar_jax.runtime.files import expanded
@@ -134,6 +134,11 @@ def add_recipe_options(parser: Parser) -> None:
     types = typing.get_type_hints(Recipe)
     for field in dataclasses.fields(Recipe):
         option = option_of(field.name)
+        if field.name == "model_option":  # may be given several times; a value may hold commas
+            group.add_argument(
+                option, action="append", help=field.metadata["text"], default=argparse.SUPPRESS
+            )
+            continue
         shown = {"help": field.metadata["text"], "default": argparse.SUPPRESS}
         if types[field.name] is bool:
             group.add_argument(option, action=argparse.BooleanOptionalAction, **shown)
@@ -151,13 +156,30 @@ def recipe_from(options: argparse.Namespace) -> tuple[str, Recipe]:
         for field in dataclasses.fields(Recipe)
         if hasattr(options, field.name)
     }
+    if "model_option" in given:
+        given["model_option"] = tuple(given["model_option"])
     model = given.get("model")
     if model is not None:
-        lookup(MODELS, model, "model")
+        check_model(model)
     name = options.recipe
     if name is None:
         name = MODEL_RECIPES.get(model, DEFAULT_RECIPE)
     return name, lookup(RECIPES, name, "recipe").replace(**given)
+
+
+def check_model(name: str) -> None:
+    """Raises `UserError` where there is no such network, or no file of that name."""
+    if own.code_of(name) is None:
+        lookup(MODELS, name, "model")
+
+
+def add_trust_option(parser: argparse.ArgumentParser) -> None:
+    """Adds what lets a run directory bring its own network."""
+    parser.add_argument(
+        "--trust-code",
+        action="store_true",
+        help="run the copy of the network's file that the run directory brings",
+    )
 
 
 def add_data_options(parser: Parser) -> None:

@@ -24,6 +24,7 @@ def make_parser() -> cli.Parser:
     parser.add_argument("out", type=cli.path, help="file to write: .safetensors, .pth or .pt")
     parser.add_argument("--checkpoint", help="best, latest or a step (default: as the recipe says)")
     parser.add_argument("--overwrite", action="store_true", help="replace the file if it is there")
+    cli.add_trust_option(parser)
     return parser
 
 
@@ -39,7 +40,7 @@ def main(arguments: Sequence[str] | None = None, say=print) -> dict:
     files.check_target(options.out, options.overwrite)
     which = cli.checkpoint_name(options.checkpoint)
     if Path(options.source).is_dir():
-        trained, weights = init_from.of_run(options.source, which)
+        trained, weights = init_from.of_run(options.source, which, options.trust_code)
         recipe, step = trained.config.recipe, trained.step
         origin = f"{recipe.model} after step {step}, from {trained.directory}"
         metadata = {

@@ -25,6 +25,7 @@ def make_parser() -> cli.Parser:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     cli.add_data_options(parser)
     cli.add_device_options(parser)
+    cli.add_trust_option(parser)
     return parser
 
 
@@ -69,7 +70,10 @@ def main(arguments: Sequence[str] | None = None, say=print) -> dict:
 
     cli.start_device(options)
     trained = evaluation.load(
-        options.run, cli.checkpoint_name(options.checkpoint), lowering=options.conv
+        options.run,
+        cli.checkpoint_name(options.checkpoint),
+        lowering=options.conv,
+        trust_code=options.trust_code,
     )
     side = trained.config.dataset["image_shape"][0]
     if options.image_size is None and side != 32:

@@ -36,6 +36,7 @@ def make_parser() -> cli.Parser:
     parser.add_argument("--checkpoint", help="best, latest or a step (default: as the recipe says)")
     parser.add_argument("--format", help="stablehlo or onnx (default: by the ending of OUT)")
     parser.add_argument("--overwrite", action="store_true", help="replace files that are there")
+    cli.add_trust_option(parser)
     return parser
 
 
@@ -178,7 +179,7 @@ def main(arguments: Sequence[str] | None = None, say=print) -> dict:
     for path in (out, beside):
         check_target(path, options.overwrite)
     which = cli.checkpoint_name(options.checkpoint)
-    trained = evaluation.load(options.run, which, lowering="lax")
+    trained = evaluation.load(options.run, which, lowering="lax", trust_code=options.trust_code)
     for line in trained.notices:
         say(f"warning: {line}")
     content = (to_onnx if kind == "onnx" else to_stablehlo)(trained)

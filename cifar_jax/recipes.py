@@ -48,9 +48,13 @@ def setting(
 class Recipe:
     """One run's settings. Fields are plain values, so a recipe is also its JSON."""
 
-    model: str = setting("tutorial_cnn", "network; picks its own published recipe")
+    model: str = setting(
+        "tutorial_cnn", "network; picks its own published recipe; or your own, mynet.py:Net"
+    )
+    model_option: tuple[str, ...] = setting((), "name=value: what the network is made with")
     dataset: str = setting(
-        "cifar10", "cifar10, cifar100, shapes10 or any prepared tfds set of images"
+        "cifar10",
+        "cifar10, cifar100, shapes10, any prepared tfds set of images, folder:PATH or npz:FILE",
     )
     normalize: str = setting(
         "half", "half ([-1, 1]), unit ([0, 1]), cifar10 or imagenet statistics"

@@ -18,6 +18,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from cifar_jax import _cli as cli
+from cifar_jax import _config
 from cifar_jax.recipes import RECIPES
 from cifar_jax.runtime.errors import UserError, nearest, run_command
 from cifar_jax.runtime.files import absolute
@@ -35,6 +36,12 @@ def make_parser() -> cli.Parser:
         help=f"of everything random (default: {DEFAULT_SEED})",
     )
     cli.add_replica_options(parser)
+    parser.add_argument(
+        "--config", type=cli.path, metavar="FILE", help="settings: TOML, or a run's config.json"
+    )
+    parser.add_argument(
+        "--print-config", action="store_true", help="print the settings as TOML, and train nothing"
+    )
     parser.add_argument(
         "--workdir", type=cli.path, help="run directory; resumes by itself (default: runs/...)"
     )
@@ -70,6 +77,7 @@ def make_parser() -> cli.Parser:
         action="store_true",
         help="where the data set cannot be had, train on the built-in shapes10 and say so",
     )
+    cli.add_trust_option(parser)
     cli.add_recipe_options(parser)
     cli.add_data_options(parser)
     cli.add_test_fraction(parser)
@@ -149,7 +157,11 @@ def _source(options, recipe) -> str | Path | None:
 def main(arguments: Sequence[str] | None = None, say=print) -> dict:
     """Parses, trains, tests, reports. Returns what `summary.json` holds. Raises `UserError`."""
     options = make_parser().parse(arguments)
-    recipe = cli.recipe_from(options)[1]
+    _config.apply(options)
+    name, recipe = cli.recipe_from(options)
+    if options.print_config:
+        say(_config.text_of(name, recipe, options, getattr(options, "seed", DEFAULT_SEED)))
+        return {}
     from cifar_jax.input_pipeline import FEEDS
     from cifar_jax.parallel import distributed
 
@@ -180,6 +192,7 @@ def prepare(options, say, **changes) -> tuple:
     Raises:
       UserError: all that may be refused before there is a directory.
     """
+    from cifar_jax.models import own
     from cifar_jax.runtime.timing import Clock
     from cifar_jax.training.setup import Options, input_shape, make_run
     from cifar_jax.training.workdir import Config, describe_data
@@ -191,7 +204,8 @@ def prepare(options, say, **changes) -> tuple:
         dataset, recipe = _load(options, asked, say)
     seeds = options.seeds or ()
     seed = seeds[0] if seeds else getattr(options, "seed", DEFAULT_SEED)
-    config = Config(recipe_name, recipe, seed, describe_data(dataset), seeds=seeds)
+    code = own.code_of(recipe.model)
+    config = Config(recipe_name, recipe, seed, describe_data(dataset), seeds=seeds, code=code)
     run_options = Options(
         feed=options.feed,
         lowering=options.conv,
@@ -206,7 +220,7 @@ def prepare(options, say, **changes) -> tuple:
     source, notices = _source(options, recipe), []
     if source is not None:
         shape = input_shape(recipe, config.dataset["image_shape"])
-        start = init_from.load(source, run.model, shape)
+        start = init_from.load(source, run.model, shape, options.trust_code)
         run.start_from(start.variables, start.record)
         notices = [*start.notices, ""]
     name = default_name(dataclasses.replace(run.config, recipe=asked), options.image_size)
@@ -287,6 +301,7 @@ def default_name(config, image_size: int | None = None) -> str:
     parts = [config.recipe_name, *(_shown(n, v) for n, v in given if v != usual[n])]
     parts += [f"image_size{image_size}"] if image_size else []
     parts += [f"init_from_{config.init_from['sha256'][:8]}"] if config.init_from else []
+    parts += [f"code_{config.code.sha256[:8]}"] if config.code else []
     seeds = f"seed{config.seed}"
     if config.seeds:
         first, colon, end = show_seeds(config.seeds).partition(":")

@@ -19,7 +19,7 @@ import sys
 from collections.abc import Sequence
 
 from cifar_jax import _cli as cli
-from cifar_jax.models import MODELS
+from cifar_jax.models import own
 from cifar_jax.recipes import MODEL_RECIPES, RECIPES, Recipe
 from cifar_jax.replicas import sweep as sweeps
 from cifar_jax.replicas.sweep import Axis, Sweep
@@ -75,7 +75,7 @@ def plan_of(options: argparse.Namespace) -> tuple[str, Recipe, list[Axis], list[
         raise UserError("nothing to vary: give an axis, as --learning-rate log:1e-3:1:12")
     model = fixed.get("model")
     if model is not None:
-        lookup(MODELS, model, "model")
+        cli.check_model(model)
     name = options.recipe or MODEL_RECIPES.get(model, cli.DEFAULT_RECIPE)
     recipe = lookup(RECIPES, name, "recipe").replace(**fixed)
     if options.random:
@@ -85,7 +85,7 @@ def plan_of(options: argparse.Namespace) -> tuple[str, Recipe, list[Axis], list[
     names = [axis.name for axis in varied]
     for point in points:
         tried = recipe.replace(**point)
-        lookup(MODELS, tried.model, "model")
+        cli.check_model(tried.model)
         if "momentum" in names and tried.optimizer != "sgd":
             raise UserError(f"--momentum is an axis of sgd; {tried.optimizer} has none")
     if "dataset" in names:
@@ -124,6 +124,7 @@ def _main(
         options.seeds[0],
         describe_data(dataset),
         seeds=options.seeds,
+        code=own.code_of(recipe.model),
         axes={axis.name: axis.text for axis in varied}
         | ({"random": [options.random, options.random_seed]} if options.random else {}),
     )

@@ -14,7 +14,7 @@ ORDER = (
     "commands",
 )
 COMMANDS = (
-    *("_cli", "train", "evaluate", "predict", "convert", "export", "report"),
+    *("_cli", "_config", "__main__", "train", "evaluate", "predict", "convert", "export", "report"),
     "datasets.__main__",
 )
 

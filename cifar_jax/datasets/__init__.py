@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from cifar_jax.datasets import decoded, locate
+from cifar_jax.datasets import decoded, locate, own_images
 from cifar_jax.runtime import errors
 from cifar_jax.runtime.errors import UserError, nearest
 from cifar_jax.runtime.files import expanded
@@ -73,6 +73,39 @@ class Dataset:
     def num_classes(self) -> int:
         return len(self.class_names)
 
+    @classmethod
+    def from_folder(cls, path: str | os.PathLike, **options) -> Dataset:
+        """Returns the images of a folder (`own_images.py`); options as of `load_dataset`."""
+        return load_dataset(f"folder:{os.fspath(path)}", **options)
+
+    @classmethod
+    def from_arrays(
+        cls,
+        images: np.ndarray,
+        labels: np.ndarray,
+        test_images: np.ndarray | None = None,
+        test_labels: np.ndarray | None = None,
+        *,
+        class_names: Sequence[str] | None = None,
+        name: str = "arrays",
+        image_size: int | None = None,
+        test_fraction: float = 0.0,
+    ) -> Dataset:
+        """Returns arrays as a set, as `own_images.of_arrays` takes them.
+
+        Args:
+          test_images, test_labels: by default a share of the others.
+          test_fraction: which share; 0 is `own_images.TEST_FRACTION`.
+
+        Raises:
+          UserError: arrays of another kind or shape.
+        """
+        given = {"train": (images, labels)}
+        if test_images is not None:
+            given["test"] = (test_images, test_labels)
+        found = own_images.of_arrays(given, class_names, name, name, image_size)
+        return _of_own(found, ("train", "test"), test_fraction)
+
 
 def load_dataset(
     name: str = "cifar10",
@@ -96,7 +129,8 @@ def load_dataset(
 
     Args:
       name: `cifar10`, `cifar100`, `shapes10`, or any prepared tfds set whose features are one
-        image and one class label: `name`, `name/config`, with or without `:1.2.3`.
+        image and one class label: `name`, `name/config`, with or without `:1.2.3`; or images of
+        one's own, `folder:PATH` and `npz:FILE` (`own_images.py`).
       data_dir: a tfds data directory, or a prepared set itself: nothing else is searched then.
       archive: a CIFAR archive or the extracted folder, see `archives.read_archive`.
       image_size: side in pixels to which images are resized; None requires 32x32 images.
@@ -117,6 +151,12 @@ def load_dataset(
         isinstance(image_size, int) and not isinstance(image_size, bool) and 1 <= image_size <= 4096
     ):
         raise UserError(f"--image-size must be a whole number from 1 to 4096, got {image_size!r}")
+    if own_images.is_own(name):
+        if archive is not None:
+            raise UserError(f"{name} is read from no archive: leave --archive out")
+        return _of_own(
+            own_images.read(name, image_size, cache_dir, progress), splits, test_fraction
+        )
     directory = _directory(name, data_dir, archive, download, url, progress)
     if test_fraction:
         _check_test_fraction(directory, test_fraction)
@@ -183,6 +223,40 @@ def _held_out(train: Split, fraction: float) -> dict[str, Split]:
         arrays = train.images[chosen], train.labels[chosen]
         found[name] = Split(*arrays, digest, train.entry, chosen)
     return found
+
+
+def _of_own(found: own_images.Found, splits: Sequence[str], test_fraction: float) -> Dataset:
+    """Returns a user's own images; where they have no test split that is `val`, or a share of
+    `train`, the same images at every call."""
+    held = {
+        split: Split(part.images, part.labels, part.fingerprint, part.entry)
+        for split, part in found.splits.items()
+    }
+    said, share = "", 0.0
+    if "test" in held and test_fraction:
+        raise UserError(f"{found.name} has a test split: leave --test-fraction away")
+    if "test" not in held and "val" in held and not test_fraction:
+        held["test"], said = held["val"], "; it has no test split: val is used"
+    elif "test" not in held:
+        share = test_fraction or own_images.TEST_FRACTION
+        if not 0 < share < 1:
+            raise UserError(f"--test-fraction must be above 0 and below 1, got {share:g}")
+        held |= _held_out(held["train"], share)
+        said = f"; it has no test split: {share:g} of its images, held out"
+    missing = [split for split in splits if split not in held]
+    if missing:
+        raise UserError(f"{found.name} has no split {missing[0]!r}; it has {', '.join(held)}")
+    held = {split: held[split] for split in splits}
+    digest = hashlib.sha256("".join(f"{k}:{v.fingerprint}" for k, v in held.items()).encode())
+    return Dataset(
+        name=found.name,
+        version="1",
+        source=f"{found.where}{said}",
+        class_names=found.class_names,
+        fingerprint=digest.hexdigest(),
+        splits=held,
+        test_fraction=share,
+    )
 
 
 def _sentence(

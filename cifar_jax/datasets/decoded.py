@@ -18,7 +18,7 @@ import sys
 import tempfile
 import threading
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +105,20 @@ def build(
     Raises:
       UserError: no place can be written, or the set's images cannot be read.
     """
+    fill = functools.partial(_fill, prepared=prepared, split=split, size=size, progress=progress)
+    make(roots, name, f"{split}-{size or 'stored'}-", fill)
+
+
+def make(roots: list[Path], name: str, outdated: str, fill: Callable[[Path], dict]) -> None:
+    """Makes an entry `name` in the first of `roots` that can take it.
+
+    Args:
+      outdated: how the names of entries begin that this one replaces.
+      fill: writes the arrays into a folder and returns the meta data.
+
+    Raises:
+      UserError: no place can be written, or what `fill` raises.
+    """
     reasons = []
     for root in roots:
         if not writable(root):
@@ -118,7 +132,7 @@ def build(
                         return
                 except CorruptCache:
                     shutil.rmtree(root / name)
-                _write(root, name, prepared, split, size, progress)
+                _write(root, name, outdated, fill)
             return
         except OSError as error:
             reasons.append(f"{root}: {error.strerror or error}")
@@ -128,18 +142,18 @@ def build(
     )
 
 
-def _write(root, name, prepared, split, size, progress) -> None:
+def _write(root: Path, name: str, outdated: str, fill: Callable[[Path], dict]) -> None:
+    split = name.split("-")[0]
     for stale in root.glob(f".new-{split}-*"):  # left by a killed process; we hold the lock
         shutil.rmtree(stale, ignore_errors=True)
     new = Path(tempfile.mkdtemp(prefix=f".new-{split}-", dir=root))
     try:
         os.chmod(new, 0o755)  # mkdtemp's 0o700 would hide a shared cache from other users
-        meta = _fill(new, prepared, split, size, progress)
+        meta = fill(new)
         (new / "meta.json").write_text(json.dumps(meta, indent=1))
         os.rename(new, root / name)
     finally:
         shutil.rmtree(new, ignore_errors=True)
-    outdated = f"{split}-{size or 'stored'}-"
     for other in root.glob(f"{outdated}*"):
         if other.name != name:
             shutil.rmtree(other, ignore_errors=True)

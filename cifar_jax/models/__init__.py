@@ -5,19 +5,20 @@ A model is a Flax linen module from images [N, H, W, C] to logits [N, num_classe
 constructor gets what it takes. It may name in `whitening` a convolution whose kernel the images
 give (`augment.whitening_kernel`), hold collections of variables beside `params`
 (`steps.train_step`), and say in `torch_layers` how it reads PyTorch's weights
-(`weights/state_dict.py`).
+(`weights/state_dict.py`). A user's own is named `mynet.py:Net` (`own.py`).
 """
 
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable
 
 import flax.linen as nn
 
+from cifar_jax.models import own
 from cifar_jax.models.airbench import Airbench
 from cifar_jax.models.cnn import DeepCNN, DropoutCNN, TutorialCNN
+from cifar_jax.models.own import takes
 from cifar_jax.models.vgg import VGG, VGG11, VGG16, VGGBatchNorm
 from cifar_jax.runtime.errors import UserError, lookup
 
@@ -32,28 +33,32 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 }
 
 
+def find(name: str) -> Callable[..., nn.Module]:
+    """Returns what makes the model called `name`. Raises `UserError` for an unknown name."""
+    return own.load(name) if own.is_own(name) else lookup(MODELS, name, "model")
+
+
 def make_model(name: str, num_classes: int = 10, **options) -> nn.Module:
-    """Returns the model called `name`. Raises `UserError` for an unknown name."""
-    make = lookup(MODELS, name, "model")
-    return make(**({"num_classes": num_classes} if takes(make, "num_classes") else {}), **options)
+    """Returns the model called `name`. Raises `UserError` for an unknown name, and where a user's
+    own cannot be made."""
+    make = find(name)
+    if takes(make, "num_classes"):
+        options = {"num_classes": num_classes, **options}
+    return own.make(name, options) if own.is_own(name) else make(**options)
 
 
 def model_of(recipe, num_classes: int, lowering: str = "auto") -> nn.Module:
-    """Returns the model that a `Recipe` trains. Raises `UserError` for an unknown name, or `remat`
-    or a lowering that the model does not take."""
-    make = lookup(MODELS, recipe.model, "model")
+    """Returns the model that a `Recipe` trains. Raises `UserError` for an unknown name, or `remat`,
+    a lowering or an option that the model does not take."""
+    make, given = find(recipe.model), own.parse_options(recipe.model_option)
     if recipe.remat and not takes(make, "remat"):
         raise UserError(f"--remat: {recipe.model} has no blocks to compute again")
     if lowering not in ("auto", "lax") and not takes(make, "lowering"):
         raise UserError(f"--conv {lowering}: {recipe.model} computes its convolutions by itself")
+    own.check_options(make, recipe.model, given)
     options = {"lowering": lowering, "remat": recipe.remat, "fold": recipe.fold}
     options = {option: value for option, value in options.items() if takes(make, option)}
-    return make_model(recipe.model, num_classes, **options)
-
-
-def takes(function: Callable, name: str) -> bool:
-    """Whether a function, or a class's constructor, has a parameter of that name."""
-    return name in inspect.signature(function).parameters
+    return make_model(recipe.model, num_classes, **options, **given)
 
 
 def mode(model: nn.Module, train: bool) -> dict[str, bool]:

@@ -30,9 +30,9 @@ from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from cifar_jax.models import MODELS, takes
+from cifar_jax.models import find, takes
 from cifar_jax.parallel import hardware, programs
-from cifar_jax.runtime.errors import UserError, lookup, nearest
+from cifar_jax.runtime.errors import UserError, nearest
 from cifar_jax.training import checks, setup
 from cifar_jax.training.setup import Run
 
@@ -62,7 +62,7 @@ def choose_lowering(form: str, asked: str, model: str | None = None) -> str:
     """Returns how convolutions are computed: under `vmap` as matrix products, which become batched
     ones; a convolution over kernels of many replicas would become a grouped one, which is slow on
     every backend. What was asked for by name stays, and `auto` where the model takes none."""
-    chooses = model is None or takes(lookup(MODELS, model, "model"), "lowering")
+    chooses = model is None or takes(find(model), "lowering")
     return "gemm" if form == "vmap" and asked == "auto" and chooses else asked
 
 

@@ -31,6 +31,7 @@ from cifar_jax.training import summary as run_summary
 from cifar_jax.training.loop import Position
 from cifar_jax.training.runs import Print
 from cifar_jax.training.setup import Run
+from cifar_jax.training.workdir import write_config
 
 if TYPE_CHECKING:
     from cifar_jax.replicas.scheduler import Groups
@@ -192,7 +193,7 @@ def write_members(trained: TrainedGroup, workdir: Path) -> dict[int, int]:
         folder = folder_of(workdir, member)
         files.remove(folder)
         folder.mkdir(parents=True)
-        write_json(folder / "config.json", member.config.to_dict())
+        write_config(folder, member.config)
         with metrics_log.MetricsLog(folder / "metrics.jsonl") as log:
             best = at.best_rows[i]
             saves = {best["epoch"]: "best"} if best else {}

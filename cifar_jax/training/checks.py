@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from cifar_jax import optimizers
+from cifar_jax.models import init, mode, own
 from cifar_jax.recipes import Recipe
 from cifar_jax.runtime.errors import UserError
 
@@ -47,6 +49,51 @@ def check_first_forward(run, state) -> str:
     return (
         f"Dry run    loss {loss:.3f} on one batch untrained; guessing gives {math.log(classes):.3f}"
     )
+
+
+def check_own(name: str, model: nn.Module, image_shape: tuple[int, int, int], classes: int) -> None:
+    """Calls a network of the user's own on abstract images, in both modes; nothing is computed.
+
+    Args:
+      image_shape: (H, W, C) of what it reads.
+
+    Raises:
+      UserError: a call fails (the layer and its input's shape are named), or the network gives
+        something else than logits [batch, classes].
+    """
+    failed: list[str] = []
+
+    def watch(call, args, kwargs, context):
+        try:
+            return call(*args, **kwargs)
+        except Exception:
+            if not failed:
+                layer = "/".join(context.module.path) or type(context.module).__name__
+                shapes = [str(list(x.shape)) for x in args if hasattr(x, "shape")]
+                failed.append(f" in {layer}{' of ' * bool(shapes)}{', '.join(shapes[:1])}")
+            raise
+
+    def call(images):
+        key = jax.random.key(0)
+        variables = init(model, key, images)
+        rngs = {"params": key, "dropout": key}
+        model.apply(variables, images, rngs=rngs, mutable=True, **mode(model, train=True))
+        return model.apply(variables, images, **mode(model, train=False))
+
+    try:
+        with nn.intercept_methods(watch):
+            logits = jax.eval_shape(call, jax.ShapeDtypeStruct((2, *image_shape), jnp.float32))
+    except UserError:
+        raise
+    except Exception as error:
+        raise own.call_failed(name, image_shape, "".join(failed), error) from error
+    shape = getattr(logits, "shape", None)
+    if shape != (2, classes):
+        gives = f"[batch, {', '.join(map(str, shape[1:]))}]" if shape else type(logits).__name__
+        raise UserError(
+            f"--model {name} gives {gives}; the data set needs [batch, {classes}], one value a "
+            "class (a constructor's num_classes is told how many)"
+        )
 
 
 @jax.jit

@@ -15,7 +15,7 @@ import numpy as np
 from cifar_jax import input_pipeline, steps
 from cifar_jax.checkpoints import manifests, save_restore
 from cifar_jax.datasets import Dataset, Split
-from cifar_jax.models import model_of
+from cifar_jax.models import model_of, own
 from cifar_jax.parallel import hardware
 from cifar_jax.parallel import programs as parallel_programs
 from cifar_jax.parallel.placement import Examples
@@ -36,7 +36,7 @@ class Trained:
       preprocess: images uint8 [N, H, W, 3] -> normalised floats.
       step: optimizer steps the weights have seen.
       directory: the checkpoint's run directory.
-      notices: one line for each damaged checkpoint passed over.
+      notices: one line for each damaged checkpoint passed over, and for code that was trusted.
     """
 
     config: Config
@@ -58,16 +58,24 @@ class Trained:
         )
 
 
-def load(path: str | Path, which: str | int | None = None, *, lowering: str = "auto") -> Trained:
+def load(
+    path: str | Path,
+    which: str | int | None = None,
+    *,
+    lowering: str = "auto",
+    trust_code: bool = False,
+) -> Trained:
     """Loads the weights of a run.
 
     Args:
       path: a run directory, its `checkpoints`, or one checkpoint in it.
       which: `best`, `latest` or a step; by default what the recipe would test.
       lowering: how convolutions are computed.
+      trust_code: whether code that the directory brings may be run (`own.resolve`).
 
     Raises:
-      UserError: no run directory, no such checkpoint, or none that is undamaged.
+      UserError: no run directory, code that is not trusted, no such checkpoint, or none that is
+        undamaged.
     """
     folder, asked = manifests.locate(path, which or "latest")
     run = folder.parent
@@ -75,6 +83,10 @@ def load(path: str | Path, which: str | int | None = None, *, lowering: str = "a
     recipe = config.recipe
     if which is None and asked == "latest" and recipe.select_best:
         asked = "best" if manifests.best_step(folder) is not None else "latest"
+    said = None
+    if config.code is not None:
+        name, said = own.resolve(recipe.model, config.code, run, trust_code)
+        recipe = recipe.replace(model=name)
     model = model_of(recipe, len(config.dataset["class_names"]), lowering)
     abstract = abstract_payload(config, model)
     found = save_restore.restore(folder, abstract, which=asked)
@@ -86,7 +98,7 @@ def load(path: str | Path, which: str | int | None = None, *, lowering: str = "a
         preprocess=setup.preprocess_of(recipe),
         step=found.step,
         directory=run,
-        notices=found.skipped,
+        notices=[*([said] if said else []), *found.skipped],
     )
 
 

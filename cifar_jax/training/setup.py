@@ -14,13 +14,14 @@ import numpy as np
 from jax.sharding import Mesh
 
 from cifar_jax import augment, input_pipeline, optimizers, steps
-from cifar_jax.datasets import Dataset
-from cifar_jax.models import init, model_of
+from cifar_jax.datasets import Dataset, own_images
+from cifar_jax.models import init, model_of, own
 from cifar_jax.parallel import hardware, placement, programs
 from cifar_jax.parallel.placement import Placement
 from cifar_jax.recipes import Recipe
 from cifar_jax.runtime.errors import UserError, lookup
 from cifar_jax.runtime.timing import Clock
+from cifar_jax.training import checks
 from cifar_jax.training.workdir import Config
 
 
@@ -130,10 +131,15 @@ def make_run(config: Config, dataset: Dataset, options: Options, clock: Clock) -
     recipe = config.recipe
     lookup(augment.NORMALIZATIONS, recipe.normalize, "normalization")
     augment.check(recipe.augment)
+    if options.feed == "stream" and own_images.is_own(dataset.name):
+        raise UserError(f"--feed stream reads prepared sets; {dataset.name} is read whole")
     keys, training, validation = drawn(config)
     input_pipeline.check_batch_size(recipe.batch_size, len(training))
     model = model_of(recipe, len(dataset.class_names), options.lowering)
     image_shape = dataset.splits["train"].images.shape[1:]
+    if own.is_own(recipe.model):
+        shape = input_shape(recipe, image_shape)
+        checks.check_own(recipe.model, model, shape, len(dataset.class_names))
     create = state_maker(recipe, model, config.steps_per_epoch, image_shape)
     shapes = jax.eval_shape(create, keys["state"])
     groups = {"--decay-scale": recipe.decay_scales, "--rate-epochs": recipe.rates_epochs}
@@ -280,7 +286,10 @@ def swept_step_of(recipe: Recipe, model: nn.Module, steps_per_epoch: int) -> Cal
 
 def cpu_threads(recipe: Recipe, devices: str) -> int | None:
     """Returns `hardware.cpu_threads` of a recipe, its network sized for CIFAR-10. Starts no
-    backend: the answer is for `hardware.select_platform`."""
+    backend: the answer is for `hardware.select_platform`. A network of the user's own, which may
+    not take such images, gets all of them."""
+    if own.is_own(recipe.model):
+        return None
 
     def weights() -> int:
         model = model_of(recipe, 10, "lax")

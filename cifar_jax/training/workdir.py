@@ -4,6 +4,7 @@ config.json      recipe, seed, data set: what must be equal to go on
 metrics.jsonl    one row a window, an epoch, the test
 summary.json     written at the end
 checkpoints/     newest and best
+code/            the file of a network of the user's own
 plots/           pictures
 predictions.npz  probabilities of the test images, and of validation's (`reporting/predictions.py`)
 report.html      one page about the run
@@ -24,6 +25,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from cifar_jax.checkpoints.manifests import latest_step
+from cifar_jax.models import own
+from cifar_jax.models.own import Code
 from cifar_jax.recipes import TO_THE_END, Recipe
 from cifar_jax.runtime import files
 from cifar_jax.runtime.errors import ReaderLeft, UserError, notice
@@ -33,7 +36,7 @@ FORMAT = 1
 _OWN_NAMES = (
     *("config.json", "metrics.jsonl", "summary.json", "checkpoints", "plots", "tensorboard"),
     *("predictions.npz", "predictions.csv", "report.html"),
-    *("probabilities.npy", "results.csv", "groups"),
+    *("probabilities.npy", "results.csv", "groups", own.COPIES),
 )
 _OWN_PATTERN = "seed-*"
 
@@ -52,6 +55,7 @@ class Config:
       axes: of a sweep, which settings it varies and how; else None.
       init_from: of the weights it starts from where they are not drawn (`init_from.Initial`):
         `source`, `sha256`, `redrawn`; else None. Their content counts, not where they lay.
+      code: the file of a network of the user's own, else None; likewise.
     """
 
     recipe_name: str
@@ -61,6 +65,7 @@ class Config:
     init_from: dict | None = None
     seeds: tuple[int, ...] = ()
     axes: dict | None = None
+    code: Code | None = None
 
     @property
     def training_images(self) -> int:
@@ -90,6 +95,7 @@ class Config:
             **({"init_from": self.init_from} if self.init_from else {}),
             **({"seeds": list(self.seeds)} if self.seeds else {}),
             **({"axes": self.axes} if self.axes else {}),
+            **({"code": dataclasses.asdict(self.code)} if self.code else {}),
         }
 
 
@@ -104,6 +110,12 @@ def describe_data(dataset) -> dict:
         "sizes": {name: len(split) for name, split in dataset.splits.items()},
         **({"test_fraction": dataset.test_fraction} if dataset.test_fraction else {}),
     }
+
+
+def write_config(path: Path, config: Config) -> None:
+    """Writes `config.json`, and the copy of a network of the user's own before it."""
+    own.keep_copy(config.code, path)
+    write_json(path / "config.json", config.to_dict())
 
 
 def read_config(path: Path) -> Config:
@@ -125,7 +137,10 @@ def read_config(path: Path) -> Config:
             init_from=values.get("init_from"),
             seeds=tuple(values.get("seeds", ())),
             axes=values.get("axes"),
+            code=own.Code(**values["code"]) if values.get("code") else None,
         )
+        if own.is_own(recipe.model) != (config.code is not None):
+            raise ValueError("code")
         _check_init(config.init_from)
         _check_data(config.dataset)
         return config
@@ -184,6 +199,8 @@ def differences(old: Config, new: Config) -> list[str]:
     if was.get("sha256") != now.get("sha256"):
         shown = f"{_shown_init(old.init_from)} -> {_shown_init(new.init_from)}"
         found.append(f"init_from: {shown}")
+    if (old.code and old.code.sha256) != (new.code and new.code.sha256):
+        found.append(f"the file of {new.recipe.model} has changed")
     if (old.seeds or old.seed) != (new.seeds or new.seed):
         found.append(f"seed: {_shown_seeds(old)} -> {_shown_seeds(new)}")
     if old.axes != new.axes:
@@ -298,7 +315,7 @@ def open_workdir(path: Path | str, config: Config, *, overwrite: bool = False) -
         if not resume or old.recipe != config.recipe:
             for name in ("summary.json", "plots"):
                 files.remove(path / name)
-            write_json(path / "config.json", config.to_dict())
+            write_config(path, config)
         try:
             yield resume
         except ReaderLeft as error:

@@ -47,7 +47,9 @@ class Initial:
     notices: list[str]
 
 
-def read(source: str | os.PathLike, which: str | int | None = None) -> weight_files.Weights:
+def read(
+    source: str | os.PathLike, which: str | int | None = None, trust_code: bool = False
+) -> weight_files.Weights:
     """Reads a PyTorch state dict from a file of weights or from a run.
 
     Args:
@@ -58,24 +60,29 @@ def read(source: str | os.PathLike, which: str | int | None = None) -> weight_fi
       UserError: it is neither, or cannot be read.
     """
     if Path(source).is_dir():
-        return of_run(source, which)[1]
+        return of_run(source, which, trust_code)[1]
     if which is not None:
         raise UserError(f"{source} is no run directory, so there is no {which} checkpoint in it")
     return weight_files.read(source)
 
 
-def of_run(source: str | os.PathLike, which: str | int | None = None):
+def of_run(source: str | os.PathLike, which: str | int | None = None, trust_code: bool = False):
     """Returns (`evaluation.Trained`, its weights as `files.Weights`) of a run."""
     from cifar_jax.training import evaluation
 
-    trained = evaluation.load(source, which)
+    trained = evaluation.load(source, which, trust_code=trust_code)
     variables = unfolded(trained)
     torch_layers, notices = layers_of(trained.model, variables)
     state = to_torch(**variables, torch_layers=torch_layers)
     return trained, weight_files.Weights(state, [*trained.notices, *notices], {})
 
 
-def load(source: str | os.PathLike, model: nn.Module, image_shape: tuple[int, int, int]) -> Initial:
+def load(
+    source: str | os.PathLike,
+    model: nn.Module,
+    image_shape: tuple[int, int, int],
+    trust_code: bool = False,
+) -> Initial:
     """Reads weights for a model that may have another number of classes.
 
     Args:
@@ -85,7 +92,7 @@ def load(source: str | os.PathLike, model: nn.Module, image_shape: tuple[int, in
     Raises:
       UserError: it cannot be read or does not fit.
     """
-    weights = read(source)
+    weights = read(source, trust_code=trust_code)
     images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     variables = jax.eval_shape(functools.partial(init, model), jax.random.key(0), images)
     folded = fold.is_folded(variables["params"])
