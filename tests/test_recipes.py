@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from cifar_jax.augment import AUGMENTATIONS, NORMALIZATIONS
+from cifar_jax.augment import AUGMENTATIONS, BY_RUN, NORMALIZATIONS
 from cifar_jax.models import MODELS
 from cifar_jax.recipes import MODEL_RECIPES, RECIPES, Recipe
 from cifar_jax.runtime.errors import UserError
@@ -95,7 +95,7 @@ def test_every_recipe_names_things_that_exist():
     for recipe in RECIPES.values():
         assert recipe.model in MODELS
         assert recipe.normalize in NORMALIZATIONS
-        assert set(recipe.augment) <= set(AUGMENTATIONS)
+        assert set(recipe.augment) <= set(AUGMENTATIONS | BY_RUN)
     for model, recipe in MODEL_RECIPES.items():
         assert RECIPES[recipe].model == model
 
