@@ -31,10 +31,11 @@ def _standard_promotion(function):
 def make_schedule(recipe: Recipe, steps_per_epoch: int) -> optax.Schedule | float:
     """Returns the learning rate as a function of the step, or a float where it is constant.
 
-    `cosine` and `linear` fall from the peak to 0 over the run; `onecycle` is optax's cosine
-    one-cycle (30 % of the run up from peak/25, then down to peak/10,000 of that, as in PyTorch's
-    OneCycleLR); `step` multiplies by `step_factor` every `step_epochs`. Warm-up goes linearly from
-    0 and counts as part of the run (`onecycle` has its own, so it takes none).
+    `cosine` falls from the peak to 0 over the run, `linear` to `end_factor` of it; `onecycle` is
+    optax's cosine one-cycle (30 % of the run up from peak/25, then down to peak/10,000 of that, as
+    in PyTorch's OneCycleLR); `step` multiplies by `step_factor` every `step_epochs`. Warm-up goes
+    linearly from `warmup_factor` of the peak and counts as part of the run (`onecycle` has its own,
+    so it takes none).
     """
     schedule = _schedule(recipe, recipe.epochs, steps_per_epoch)
     return _standard_promotion(schedule) if callable(schedule) else schedule
@@ -50,7 +51,7 @@ def _schedule(recipe: Recipe, epochs: float, steps_per_epoch: int) -> optax.Sche
     if recipe.schedule == "cosine":
         main = optax.cosine_decay_schedule(peak, rest)
     elif recipe.schedule == "linear":
-        main = optax.linear_schedule(peak, 0.0, rest)
+        main = optax.linear_schedule(peak, recipe.end_factor * peak, rest)
     elif recipe.schedule == "step":
         every = max(round(recipe.step_epochs * steps_per_epoch), 1)
         boundaries = range(every, total, every)
@@ -61,12 +62,15 @@ def _schedule(recipe: Recipe, epochs: float, steps_per_epoch: int) -> optax.Sche
         return peak
     if not warmup:
         return main
-    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), main], [warmup])
+    return optax.join_schedules(
+        [optax.linear_schedule(recipe.warmup_factor * peak, peak, warmup), main], [warmup]
+    )
 
 
 def _rates(recipe: Recipe, steps_per_epoch: int, peak: jax.Array | None):
-    """Returns the rate of most layers, and {prefix: rate} of those in `rate_epochs`. With a traced
-    peak in place of the recipe's: a schedule's rates are its shape times its peak."""
+    """Returns the rate of most layers, and {prefix: rate} of those in `rate_epochs` or
+    `stop_epochs`. With a traced peak in place of the recipe's: a schedule's rates are its shape
+    times its peak."""
 
     def traced(shape):
         return (lambda step: peak * shape(step)) if callable(shape) else peak
@@ -77,6 +81,8 @@ def _rates(recipe: Recipe, steps_per_epoch: int, peak: jax.Array | None):
     for prefix, epochs in recipe.rates_epochs.items():
         total, own = math.ceil(epochs * steps_per_epoch), _schedule(shapes, epochs, steps_per_epoch)
         rates[prefix] = functools.partial(_until, total, own)
+    for prefix, epochs in recipe.stops_epochs.items():
+        rates[prefix] = functools.partial(_until, math.ceil(epochs * steps_per_epoch), rate)
     if peak is None:
         return rate, rates
     return traced(rate), {prefix: traced(own) for prefix, own in rates.items()}

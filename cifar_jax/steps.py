@@ -173,6 +173,7 @@ def train_step(
     preprocess: Callable[..., jax.Array] | None = None,
     label_smoothing: float = 0.0,
     ema_decay: float = 0.0,
+    lookahead: tuple[int, int] = (0, 0),
     freeze: tuple[str, ...] = (),
     loss_reduction: str = "mean",
     accumulate: int = 1,
@@ -203,6 +204,8 @@ def train_step(
         an `index` (int32 [B], positions in the data set), with what `make_preprocess` says.
       ema_decay: of the moving averages, if the state has them; smaller in the first steps
         (`averaging.moved`).
+      lookahead: (steps between two returns to the averages, steps of the run), which then move as
+        `averaging.looked_ahead` says and not by `ema_decay`; (0, ...) for none.
       freeze: as given to `create_state`. Batch normalisation in a frozen layer goes on with the
         batch's statistics and updates the running ones, as under PyTorch's `requires_grad_(False)`.
       accumulate: parts the batch is cut into, one after another: the same step in less memory
@@ -251,7 +254,12 @@ def train_step(
     ema_params, ema_batch_stats = state.ema_params, state.ema_batch_stats
     if ema_params is not None:
         averages = optimizers.split_frozen(ema_params, freeze)[0], ema_batch_stats
-        averages = averaging.moved(averages, (trained, batch_stats), ema_decay, state.step)
+        if lookahead[0]:
+            new = (trained, batch_stats)
+            averages, new = averaging.looked_ahead(averages, new, state.step, *lookahead)
+            trained, batch_stats = new
+        else:
+            averages = averaging.moved(averages, (trained, batch_stats), ema_decay, state.step)
         ema_params, ema_batch_stats = optimizers.merge_frozen(averages[0], frozen), averages[1]
     state = state.replace(
         step=state.step + 1,

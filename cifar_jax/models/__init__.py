@@ -16,7 +16,7 @@ from collections.abc import Callable
 import flax.linen as nn
 
 from cifar_jax.models import own
-from cifar_jax.models.airbench import Airbench
+from cifar_jax.models.airbench import Airbench, Airbench95, Airbench96
 from cifar_jax.models.cnn import DeepCNN, DropoutCNN, TutorialCNN
 from cifar_jax.models.own import takes
 from cifar_jax.models.vgg import VGG, VGG11, VGG16, VGGBatchNorm
@@ -30,6 +30,8 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "vgg11_bn": functools.partial(VGGBatchNorm, layers=VGG11),
     "vgg16_bn": functools.partial(VGGBatchNorm, layers=VGG16),
     "airbench": Airbench,
+    "airbench95": Airbench95,
+    "airbench96": Airbench96,
 }
 
 

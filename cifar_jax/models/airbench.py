@@ -1,15 +1,18 @@
-"""The network of KellerJordan's cifar10-airbench (arXiv:2404.00498), layer for layer.
+"""The networks of KellerJordan's cifar10-airbench (arXiv:2404.00498), layer for layer.
 
     whiten    2x2 convolution 3 -> 24 with bias, GELU; its kernel comes from the images
-    layers_N  3x3 convolution, 2x2 max pool, norm, GELU, 3x3 convolution, norm, GELU; N = 1, 2, 3
+    layers_N  3x3 convolution, 2x2 max pool, norm, GELU, 3x3 convolution, norm, GELU; N = 1, 2, 3;
+              in airbench96 a third convolution and norm, and a shortcut over the last two
     head      maximum over what is left (3x3 of 32x32 images), linear without bias, logits scaled
 
 Convolutions in the groups are padded and have no bias; a norm is a batch normalisation without
 scale. Images [N, H, W, 3] (float, normalised), of 17 pixels or more -> logits [N, num_classes].
-Names are the PyTorch original's.
+Names are those of the PyTorch original of airbench94.
 """
 
 from __future__ import annotations
+
+import functools
 
 import flax.linen as nn
 import jax
@@ -38,10 +41,16 @@ def unit_deviation(key, shape, dtype=jnp.float32):
     return drawn / drawn.std(ddof=1)
 
 
+def gelu(x: jax.Array) -> jax.Array:
+    return nn.gelu(x, approximate=False)
+
+
 class Group(nn.Module):
     """One of the three groups: [N, H, W, C] -> [N, H // 2, W // 2, features]."""
 
     features: int
+    residual: bool = False
+    momentum: float = 0.4
     lowering: str = "auto"
     axis_name: str | None = None
 
@@ -52,13 +61,12 @@ class Group(nn.Module):
             return Conv(self.features, 3, **settings, lowering=self.lowering, name=name)(x)
 
         def normed(x, name):
-            # The published 0.6 is the share of the old statistics, PyTorch's momentum the rest.
-            norm = {"momentum": 0.4, "epsilon": 1e-12, "use_scale": False}
-            x = BatchNorm(**norm, axis_name=self.axis_name, name=name)(x, train)
-            return nn.gelu(x, approximate=False)
+            norm = {"momentum": self.momentum, "epsilon": 1e-12, "use_scale": False}
+            return BatchNorm(**norm, axis_name=self.axis_name, name=name)(x, train)
 
-        x = normed(max_pool(convolved(x, "conv1")), "norm1")
-        return normed(convolved(x, "conv2"), "norm2")
+        x = gelu(normed(max_pool(convolved(x, "conv1")), "norm1"))
+        y = gelu(normed(convolved(x, "conv2"), "norm2"))
+        return gelu(x + normed(convolved(y, "conv3"), "norm3")) if self.residual else y
 
 
 class Airbench(nn.Module):
@@ -66,6 +74,11 @@ class Airbench(nn.Module):
 
     Attributes:
       widths: channels of the three groups.
+      residual: whether the groups have a third convolution and a shortcut.
+      momentum: of the norms' running statistics, PyTorch's: the share of the new ones (airbench
+        states the share of the old, 0.6).
+      unit_head: whether the head's first weights are scaled to a standard deviation of 1.
+      whitening_bias: whether the whitening's bias is drawn, as PyTorch does, or 0.
       logit_scale: what the logits are multiplied by.
       remat: keep the groups' outputs alone for the backward pass (`layers.block`).
       axis_name: as in `BatchNorm`.
@@ -73,6 +86,10 @@ class Airbench(nn.Module):
 
     num_classes: int = 10
     widths: tuple[int, ...] = (64, 256, 256)
+    residual: bool = False
+    momentum: float = 0.4
+    unit_head: bool = True
+    whitening_bias: bool = True
     logit_scale: float = 1 / 256
     lowering: str = "auto"
     remat: bool = False
@@ -88,15 +105,24 @@ class Airbench(nn.Module):
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         if min(x.shape[1:3]) < 2 ** (len(self.widths) + 1) + 1:
             raise convolution.too_small(x.shape[1:3], "airbench's whitening and three pools")
-        x = Conv(24, 2, lowering=self.lowering, name=WHITENING)(x)
-        x = nn.gelu(x, approximate=False)
+        zeros = None if self.whitening_bias else nn.initializers.zeros
+        x = gelu(Conv(24, 2, lowering=self.lowering, bias_init=zeros, name=WHITENING)(x))
 
         def group(module, x, number, features):
-            options = {"lowering": module.lowering, "axis_name": module.axis_name}
+            names = ("residual", "momentum", "lowering", "axis_name")
+            options = {option: getattr(module, option) for option in names}
             return Group(features, **options, name=f"layers_{number}")(x, train)
 
         for number, features in enumerate(self.widths, start=1):
             x = block(self.remat, group, self, x, number=number, features=features)
         x = x.max(axis=(1, 2))
-        head = Dense(self.num_classes, use_bias=False, kernel_init=unit_deviation, name="head")
+        drawn = unit_deviation if self.unit_head else None
+        head = Dense(self.num_classes, use_bias=False, kernel_init=drawn, name="head")
         return head(x) * self.logit_scale
+
+
+_BEFORE_MUON = {"unit_head": False, "whitening_bias": False, "logit_scale": 1 / 9}
+Airbench95 = functools.partial(Airbench, widths=(128, 384, 384), **_BEFORE_MUON)
+Airbench96 = functools.partial(
+    Airbench, widths=(128, 512, 512), residual=True, momentum=0.1, **_BEFORE_MUON
+)

@@ -30,3 +30,27 @@ def moved(average: Any, new: Any, decay: float | jax.Array, step: int | jax.Arra
         return weight * x + (1 - weight) * old
 
     return jax.tree.map(move, average, new)
+
+
+def looked_ahead(
+    average: Any, new: Any, step: int | jax.Array, every: int, total: int
+) -> tuple[Any, Any]:
+    """Returns the slow weights and the fast ones after a step of Lookahead (arXiv:1907.08610) as in
+    airbench95: after each `every` steps the slow ones move to the fast, by 1 - 0.95^5 (n / total)^3
+    after n steps, and the fast ones return to them. Between, both are as they were given.
+
+    Args:
+      average, new: trees of one layout, slow and fast.
+      step: steps done before the one that gave `new`.
+      total: steps of the run.
+    """
+    done = jnp.asarray(step) + 1
+    kept = 0.95**5 * (done.astype(jnp.float32) / total) ** 3
+    returns = done % every == 0
+
+    def slow(old, x):
+        weight = kept.astype(x.dtype)
+        return jnp.where(returns, weight * old + (1 - weight) * x, old)
+
+    average = jax.tree.map(slow, average, new)
+    return average, jax.tree.map(lambda s, x: jnp.where(returns, s, x), average, new)

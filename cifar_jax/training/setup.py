@@ -143,6 +143,7 @@ def make_run(config: Config, dataset: Dataset, options: Options, clock: Clock) -
     create = state_maker(recipe, model, config.steps_per_epoch, image_shape)
     shapes = jax.eval_shape(create, keys["state"])
     groups = {"--decay-scale": recipe.decay_scales, "--rate-epochs": recipe.rates_epochs}
+    groups["--stop-epochs"] = recipe.stops_epochs
     optimizers.check_groups(shapes.params, recipe.freeze, recipe.rate_scales, groups)
     check_whitening(recipe, model, len(training))
     step = step_of(recipe, model, config.steps_per_epoch)
@@ -235,7 +236,7 @@ def state_maker(
         model,
         optimizers.make_optimizer(recipe, steps_per_epoch),
         image_shape=input_shape(recipe, image_shape),
-        ema=recipe.ema_decay > 0,
+        ema=recipe.ema_decay > 0 or recipe.lookahead > 0,
         freeze=recipe.freeze,
     )
 
@@ -261,6 +262,7 @@ def step_of(
         loss_reduction=recipe.loss_reduction,
         label_smoothing=given.get("label_smoothing", recipe.label_smoothing),
         ema_decay=given.get("ema_decay", recipe.ema_decay),
+        lookahead=(recipe.lookahead, recipe.epochs * steps_per_epoch),
         freeze=recipe.freeze,
     )
 

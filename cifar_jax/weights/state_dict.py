@@ -47,7 +47,7 @@ NAMES = {
 }
 
 # Prefixes of our layer names that stand for a numbered PyTorch container.
-CONTAINERS = ("features_", "classifier_")
+CONTAINERS = ("features_", "classifier_", "layers_")
 # Where a checkpoint that holds more than weights keeps them.
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net")
 # What `DataParallel` and `torch.compile` put before every name.
