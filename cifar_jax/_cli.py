@@ -144,13 +144,18 @@ def add_recipe_options(parser: Parser) -> None:
             group.add_argument(option, type=parse_names, metavar="NAMES", **shown)
 
 
-def recipe_from(options: argparse.Namespace) -> tuple[str, Recipe]:
-    """Returns the recipe's name and the recipe with the options given. Raises `UserError`."""
-    given = {
+def given_settings(options: argparse.Namespace) -> dict:
+    """Returns the settings of a recipe that the options give."""
+    return {
         field.name: getattr(options, field.name)
         for field in dataclasses.fields(Recipe)
         if hasattr(options, field.name)
     }
+
+
+def recipe_from(options: argparse.Namespace) -> tuple[str, Recipe]:
+    """Returns the recipe's name and the recipe with the options given. Raises `UserError`."""
+    given = given_settings(options)
     model = given.get("model")
     if model is not None:
         lookup(MODELS, model, "model")

@@ -283,7 +283,11 @@ def default_name(config, image_size: int | None = None) -> str:
     if config.seeds:
         first, colon, end = show_seeds(config.seeds).partition(":")
         seeds = f"seeds{first}-{int(end) - 1}" if colon else f"seeds{first}"
-    whole = "-".join([*parts, seeds])
+    return safe_name("-".join([*parts, seeds]))
+
+
+def safe_name(whole: str) -> str:
+    """Returns the name of a directory for what `whole` says, of at most `NAME_LENGTH` bytes."""
     safe = re.sub(r"[^a-zA-Z0-9_.,=+-]", "_", whole)
     if safe == whole and len(whole) <= NAME_LENGTH:
         return whole

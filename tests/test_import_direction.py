@@ -13,7 +13,16 @@ ORDER = (
     *("input_pipeline", "parallel", "checkpoints", "reporting", "training", "weights", "replicas"),
     "commands",
 )
-COMMANDS = ("_cli", "train", "evaluate", "predict", "convert", "export", "datasets.__main__")
+COMMANDS = (
+    "_cli",
+    "train",
+    "compare",
+    "evaluate",
+    "predict",
+    "convert",
+    "export",
+    "datasets.__main__",
+)
 
 
 def room(module):
