@@ -78,9 +78,8 @@ def against_first(
                 f"{counted(len(pairs), 'seed')} with both {names[0]!r} and {names[place]!r}, "
                 f"{counted(diverged, 'run')} diverged: a difference needs two; give more --seeds"
             )
-        first, second = (
-            [100 * row["test_accuracy"] for row in side] for side in zip(*pairs, strict=True)
-        )
+        sides = list(zip(*pairs, strict=True))
+        first, second = ([100 * row["test_accuracy"] for row in side] for side in sides)
         found = {
             "names": [names[0], names[place]],
             "test_accuracy": paired.difference(first, second)

@@ -1,4 +1,4 @@
-"""Paired statistics: against SciPy's own, against their definitions, and at their promised rates."""
+"""Paired statistics: against SciPy's own, their definitions, and their promised rates."""
 
 import math
 
