@@ -72,9 +72,12 @@ def make_parser() -> cli.Parser:
     return parser
 
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
 @contextmanager
-def stop_requests() -> Iterator:
-    """Catches SIGINT, SIGTERM and SIGUSR1; yields a function that returns the signal's number or
+def stop_requests(numbers: Sequence[int] = SIGNALS) -> Iterator:
+    """Catches these signals; yields a function that returns the number of one that came or
     None. SIGUSR1 is what SLURM warns with that time is nearly up (`--signal=USR1@60`).
 
     A second signal acts at once, as it would have without this. Signals are the main thread's: in
@@ -89,7 +92,7 @@ def stop_requests() -> Iterator:
         received.append(number)
         signal.signal(number, former[number])
 
-    former = {n: signal.signal(n, handler) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    former = {n: signal.signal(n, handler) for n in numbers}
     try:
         yield lambda: received[0] if received else None
     finally:

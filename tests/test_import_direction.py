@@ -17,6 +17,8 @@ COMMANDS = (
     "_cli",
     "train",
     "compare",
+    "fitting",
+    "result",
     "evaluate",
     "predict",
     "convert",

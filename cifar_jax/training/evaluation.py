@@ -132,8 +132,12 @@ def split_results(
     logits [batches, B, C]."""
     found = console.results(sums, sums["confusion"], class_names)
     found["confusion"] = sums["confusion"]
-    probabilities = np.asarray(jax.jit(jax.nn.softmax)(logits)).reshape(-1, logits.shape[-1])
-    return found, probabilities[:size]
+    return found, probabilities_of(logits, size)
+
+
+def probabilities_of(logits: jax.Array, size: int) -> np.ndarray:
+    """Returns float32 [size, C] of logits [batches, B, C], the last batch of which is padded."""
+    return np.asarray(jax.jit(jax.nn.softmax)(logits)).reshape(-1, logits.shape[-1])[:size]
 
 
 def programs(
