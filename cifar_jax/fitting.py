@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import inspect
+import json
 import signal
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -117,10 +119,11 @@ def fit(
             directory = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "run"
         resume = stack.enter_context(open_workdir(directory, run.config, overwrite=overwrite))
         watch = stack.enter_context(_Watch.of(callbacks, bool(seeds)))
+        told = say if workdir or not verbose else functools.partial(_without, str(directory))
         if seeds:
-            result = _fit_many(run, form, directory, watch, say)
+            result = _fit_many(run, form, directory, watch, told)
         else:
-            result = _fit_one(run, directory, watch, say, resume)
+            result = _fit_one(run, directory, watch, say, told, resume)
         if workdir:
             return dataclasses.replace(result, directory=directory)
         return dataclasses.replace(result, _contents=_contents(directory))
@@ -128,6 +131,12 @@ def fit(
 
 def _silent(line: str) -> None:
     """Says nothing."""
+
+
+def _without(hidden: str, line: str) -> None:
+    """Prints a line that does not name a directory which is about to go."""
+    if hidden not in line:
+        print(line)
 
 
 def _recipe(recipe, model, settings: Mapping) -> tuple[str, Recipe, Any]:
@@ -182,9 +191,9 @@ class _Watch:
         return signal.SIGINT if self.ended else self.asked()
 
 
-def _fit_one(run: Run, directory: Path, watch: _Watch, say, resume: bool) -> Result:
+def _fit_one(run: Run, directory: Path, watch: _Watch, say, told, resume: bool) -> Result:
     state, trained = loop.train(run, directory, watch.stop, say, resume, watch, keep=True)
-    found = summary.finish(run, directory, state, trained, say)
+    found = summary.finish(run, directory, state, trained, told)
     return Result(found, History(read_metrics(directory / "metrics.jsonl")), state, run)
 
 
@@ -206,8 +215,6 @@ def _fit_many(run: Run, form: str, directory: Path, watch: _Watch, say) -> Resul
 
 def _members(run: Run, directory: Path) -> Iterator[Result]:
     """Yields the Result of every run of several that is complete."""
-    import json
-
     abstract = setup.abstract_payload(run.shapes, run.steps_per_epoch)
     for seed in run.config.seeds:
         folder = directory / f"seed-{seed}"

@@ -22,7 +22,7 @@ from cifar_jax.replicas import paired
 from cifar_jax.reporting import plots
 from cifar_jax.reporting.metrics_log import to_json, write_summary
 from cifar_jax.runtime.errors import UserError, run_command
-from cifar_jax.runtime.files import absolute
+from cifar_jax.runtime.files import absolute, make_folder
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -139,6 +139,7 @@ def report(options, config, rows: Sequence[dict], seconds: dict, say) -> dict:
         **environment(),
     }
     out = Path(options.out)
+    make_folder(out)
     write_summary(out / "null.json", to_json(results))
     plots.attempt({out / "null.png": functools.partial(draw, found)}, say)
     say(

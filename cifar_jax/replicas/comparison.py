@@ -128,6 +128,8 @@ def sentence(found: Mapping, comparisons: int = 1) -> str:
     shown, sequential = found["test_accuracy"], found["sequential"]
     seeds = counted(shown["n"], "seed")
     mean, reach, p = shown["mean"], shown["reach"], shown["p_t"]
+    if p == 0:  # equal differences, of steps of an accuracy: no certainty
+        p = shown["p_permutation"]
     if sequential:
         reach, p = sequential["reach"], sequential["p"]
     if p >= LEVEL / comparisons:

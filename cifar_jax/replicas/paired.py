@@ -50,14 +50,18 @@ def difference(first: Sequence[float], second: Sequence[float]) -> dict:
     }
 
 
+def has_spread(differences: np.ndarray) -> bool:
+    """Whether differences differ, by more than rounding."""
+    return float(np.ptp(differences)) > 1e-12 * float(np.abs(differences).max(initial=0.0))
+
+
 def t_statistic(differences: np.ndarray) -> float:
     """Returns mean / (std / sqrt(n)): of differences that are all the same 0 where they are 0,
     otherwise infinite."""
-    mean, std = float(differences.mean()), float(differences.std(ddof=1))
-    # Rounding of equal differences is no spread.
-    if std <= 1e-12 * abs(mean) or std == 0.0:
+    mean = float(differences.mean())
+    if not has_spread(differences):
         return math.copysign(math.inf, mean) if mean else 0.0
-    return mean / (std / math.sqrt(len(differences)))
+    return mean / (float(differences.std(ddof=1)) / math.sqrt(len(differences)))
 
 
 def p_of_t(differences: np.ndarray) -> float:
@@ -121,17 +125,20 @@ def anytime(differences: Sequence[float]) -> dict:
       differences: float [n], n at least 2, in the order of the seeds.
 
     Returns:
-      {"n", "mean", "interval_95", "reach" (half its width, infinite where n is too small), "p"}.
+      {"n", "mean", "interval_95", "reach" (half its width, infinite where n is too small or all
+      differences are equal: accuracies are steps, and such a chance is no certainty), "p"}.
     """
     values = np.asarray(differences, float)
-    n, mean, std = len(values), float(values.mean()), float(values.std(ddof=1))
-    reach = _anytime_quantile(n) * std / math.sqrt(n) if std else 0.0
+    n, mean = len(values), float(values.mean())
+    known = has_spread(values)
+    error = float(values.std(ddof=1)) / math.sqrt(n)
+    reach = _anytime_quantile(n) * error if known else math.inf
     return {
         "n": n,
         "mean": mean,
         "interval_95": [mean - reach, mean + reach],
         "reach": reach,
-        "p": math.exp(min(0.0, -_log_bayes_factor(values))),
+        "p": math.exp(min(0.0, -_log_bayes_factor(values))) if known else 1.0,
     }
 
 
@@ -146,8 +153,6 @@ def _log_bayes_factor(values: np.ndarray) -> float:
     """Log of (1 + ng)^(-1/2) ((1 + t²/ν) / (1 + t²/(ν (1 + ng))))^(n/2), ν = n - 1."""
     n, t = len(values), t_statistic(values)
     r = 1 + n * MIXTURE
-    if math.isinf(t):
-        return (n - 1) / 2 * math.log(r)
     odds = math.log1p(t * t / (n - 1)) - math.log1p(t * t / ((n - 1) * r))
     return n / 2 * odds - math.log(r) / 2
 

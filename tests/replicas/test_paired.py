@@ -37,7 +37,8 @@ def test_equal_differences_need_no_division_by_zero():
     assert paired.difference([1, 2, 3], [1, 2, 3])["p_t"] == 1
     assert paired.difference([1, 2, 3], [2, 3, 4])["p_t"] == 0
     assert paired.anytime([0.0, 0.0, 0.0])["p"] == 1
-    assert paired.anytime([0.5] * 12)["p"] < 1e-4
+    assert paired.anytime([0.5] * 12)["p"] == 1, "steps of an accuracy are no certainty"
+    assert paired.anytime([0.5] * 12)["reach"] == math.inf
 
 
 @pytest.mark.parametrize(("points", "std"), [(1.0, 0.8), (0.3, 0.5), (0.1, 0.05)])
