@@ -16,6 +16,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "convert": ("cifar_jax.convert", "write a run's weights as .safetensors or .pth"),
     "export": ("cifar_jax.export", "write a run's model as StableHLO or ONNX"),
     "report": ("cifar_jax.report", "write the page of a run, or of several side by side"),
+    "compare": ("cifar_jax.compare", "tell variants or finished runs apart, with error bars"),
     "sweep": ("experiments.sweep", "train every combination of settings, over several seeds"),
     "datasets": ("cifar_jax.datasets.__main__", "prepare or list data sets"),
 }

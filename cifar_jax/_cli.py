@@ -149,8 +149,8 @@ def add_recipe_options(parser: Parser) -> None:
             group.add_argument(option, type=parse_names, metavar="NAMES", **shown)
 
 
-def recipe_from(options: argparse.Namespace) -> tuple[str, Recipe]:
-    """Returns the recipe's name and the recipe with the options given. Raises `UserError`."""
+def given_settings(options: argparse.Namespace) -> dict:
+    """Returns the settings of a recipe that the options give."""
     given = {
         field.name: getattr(options, field.name)
         for field in dataclasses.fields(Recipe)
@@ -158,6 +158,12 @@ def recipe_from(options: argparse.Namespace) -> tuple[str, Recipe]:
     }
     if "model_option" in given:
         given["model_option"] = tuple(given["model_option"])
+    return given
+
+
+def recipe_from(options: argparse.Namespace) -> tuple[str, Recipe]:
+    """Returns the recipe's name and the recipe with the options given. Raises `UserError`."""
+    given = given_settings(options)
     model = given.get("model")
     if model is not None:
         check_model(model)

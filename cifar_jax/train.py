@@ -86,9 +86,12 @@ def make_parser() -> cli.Parser:
     return parser
 
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
 @contextmanager
-def stop_requests() -> Iterator:
-    """Catches SIGINT, SIGTERM and SIGUSR1; yields a function that returns the signal's number or
+def stop_requests(numbers: Sequence[int] = SIGNALS) -> Iterator:
+    """Catches these signals; yields a function that returns the number of one that came or
     None. SIGUSR1 is what SLURM warns with that time is nearly up (`--signal=USR1@60`).
 
     A second signal acts at once, as it would have without this. Signals are the main thread's: in
@@ -103,7 +106,7 @@ def stop_requests() -> Iterator:
         received.append(number)
         signal.signal(number, former[number])
 
-    former = {n: signal.signal(n, handler) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    former = {n: signal.signal(n, handler) for n in numbers}
     try:
         yield lambda: received[0] if received else None
     finally:
@@ -306,7 +309,11 @@ def default_name(config, image_size: int | None = None) -> str:
     if config.seeds:
         first, colon, end = show_seeds(config.seeds).partition(":")
         seeds = f"seeds{first}-{int(end) - 1}" if colon else f"seeds{first}"
-    whole = "-".join([*parts, seeds])
+    return safe_name("-".join([*parts, seeds]))
+
+
+def safe_name(whole: str) -> str:
+    """Returns the name of a directory for what `whole` says, of at most `NAME_LENGTH` bytes."""
     safe = re.sub(r"[^a-zA-Z0-9_.,=+-]", "_", whole)
     if safe == whole and len(whole) <= NAME_LENGTH:
         return whole

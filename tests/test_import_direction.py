@@ -14,7 +14,8 @@ ORDER = (
     "commands",
 )
 COMMANDS = (
-    *("_cli", "_config", "__main__", "train", "evaluate", "predict", "convert", "export", "report"),
+    *("_cli", "_config", "__main__", "train", "compare", "fitting", "result", "evaluate"),
+    *("predict", "convert", "export", "report"),
     "datasets.__main__",
 )
 

@@ -1,7 +1,9 @@
 """What importing and training load: nothing heavy, never torch, never TensorFlow."""
 
+import ast
 import json
 import os
+import pathlib
 import subprocess
 import sys
 
@@ -36,6 +38,18 @@ def test_public_names_resolve():
     assert {"MODELS", "RECIPES", "create_state", "train_step", "eval_step", "predict_step"} <= set(
         names
     )
+
+
+def test_editors_see_the_names_that_are_loaded_lazily():
+    source = pathlib.Path(cifar_jax.__file__)
+    seen = {
+        alias.asname: node.module.removeprefix("cifar_jax.")
+        for node in ast.walk(ast.parse(source.read_text()))
+        if isinstance(node, ast.ImportFrom) and node.module.startswith("cifar_jax.")
+        for alias in node.names
+    }
+    assert seen == cifar_jax._HOMES
+    assert source.with_name("py.typed").exists()
 
 
 TRAIN = """

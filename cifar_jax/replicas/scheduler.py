@@ -32,7 +32,7 @@ from cifar_jax.runtime.files import write_json
 from cifar_jax.runtime.progress import Progress
 from cifar_jax.runtime.timing import Clock
 from cifar_jax.training.checks import check_first_forward
-from cifar_jax.training.loop import Interrupted, Loop
+from cifar_jax.training.loop import Interrupted, Loop, Watch
 from cifar_jax.training.runs import Print
 from cifar_jax.training.setup import Run, input_shape
 from cifar_jax.training.workdir import show_seeds
@@ -120,6 +120,7 @@ class Groups:
       work: what is to be done with a trained group; returns something JSON holds.
       is_intact: whether what `work` did for these runs, and returned, is still there.
       hparams, names: of each run, as `Group` takes them.
+      watch: sees every row, as `Loop` takes it.
     """
 
     members: Sequence[Run]
@@ -129,6 +130,7 @@ class Groups:
     is_intact: Callable[[Sequence[Run], Any], bool] = lambda members, result: True
     hparams: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
     names: Sequence[str] | None = None
+    watch: Watch | None = None
 
     def size(self) -> int:
         """Returns how many runs make a group: as an earlier part of the same command, or another
@@ -191,7 +193,7 @@ class Groups:
             {name: values[part] for name, values in self.hparams.items()},
             self.names and self.names[part],
         )
-        with Loop(group, file.parent, stop, bar) as loop:
+        with Loop(group, file.parent, stop, bar, self.watch) as loop:
             at = loop.train(loop.begin())
             say("Testing every run")
             result = self.work(TrainedGroup(group, at, loop.rows()))
@@ -202,9 +204,15 @@ class Groups:
 
 
 def train_and_test(
-    run: Run, plan: Plan, workdir: Path, stop: Callable[[], int | None], say: Print
+    run: Run,
+    plan: Plan,
+    workdir: Path,
+    stop: Callable[[], int | None],
+    say: Print,
+    watch: Watch | None = None,
 ) -> dict:
-    """Trains, tests and writes what is not there yet; returns what `summary.json` holds.
+    """Trains, tests and writes what is not there yet; returns what `summary.json` holds. `watch`
+    sees every row.
 
     Raises:
       Interrupted: stopped by a signal, after saving.
@@ -218,6 +226,7 @@ def train_and_test(
         workdir,
         functools.partial(write_members, workdir=workdir),
         functools.partial(_are_written, workdir=workdir),
+        watch=watch,
     )
     done = groups.train(stop, say)
     return results.finish(run, groups, done, say) if plan.process.leads else {}

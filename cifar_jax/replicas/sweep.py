@@ -189,8 +189,12 @@ def shown(point: Mapping) -> str:
     )
 
 
-def rows_of(trained) -> list[dict]:
-    """Tests a trained group; returns what is found of each run, None where it diverged."""
+def rows_of(trained, by_class: bool = False) -> list[dict]:
+    """Tests a trained group; returns what is found of each run, None where it diverged.
+
+    Args:
+      by_class: whether "per_class", each class's share of images that are right, is among it.
+    """
     from cifar_jax.replicas.results import test_group
     from cifar_jax.reporting import console
 
@@ -209,6 +213,12 @@ def rows_of(trained) -> list[dict]:
             "best_epoch": best["epoch"] if best else None,
         }
         row = dict.fromkeys(FIGURES) if i in lost else found
+        if by_class:
+            names = trained.group.run.dataset.class_names
+            results = console.results(
+                {k: v[i] for k, v in sums.items()}, sums["confusion"][i], names
+            )
+            row["per_class"] = [found["accuracy"] for found in results["per_class"]]
         rows.append({**row, "diverged_at_step": lost.get(i)})
     return rows
 
@@ -231,17 +241,36 @@ def by_point(points: Sequence[Mapping], rows: Sequence[Mapping]) -> list[dict]:
 
 
 class Sweep:
-    """All programs of a sweep, one after another."""
+    """All programs of a sweep, one after another.
+
+    Args:
+      varied: the settings in which the points differ.
+      work: what `Groups` takes; returns `rows_of` a trained group.
+
+    Attributes:
+      parts: of each program trained, {"points": their places, "parameters", "seconds": of training
+        of all its runs, "runs"}.
+    """
+
+    title = "Sweep"
 
     def __init__(
-        self, config, dataset, varied: Sequence[Axis], points: Sequence[dict], options, process
+        self,
+        config,
+        dataset,
+        varied: Sequence[Axis],
+        points: Sequence[dict],
+        options,
+        process,
+        work=rows_of,
     ):
         from cifar_jax.replicas import programs as replica_programs
         from cifar_jax.training.setup import Options
 
         self.config, self.dataset, self.points, self.options = config, dataset, points, options
-        self.process = process
+        self.process, self.work = process, work
         self.programs = programs_of(points, varied)
+        self.parts: list[dict] = []
         self.form = replica_programs.choose_form(options.replica_form)
         lowering = replica_programs.choose_lowering(self.form, options.conv)
         self.run_options = Options(lowering=lowering, save_minutes=options.save_minutes)
@@ -261,10 +290,11 @@ class Sweep:
         runs, points = counted(self.count, "run"), counted(len(self.points), "point")
         what = f"{points}, {counted(len(self.config.seeds), 'seed')} each"
         programs = counted(len(self.programs), "program")
-        say(f"Sweep      {runs}: {what}, in {programs}; {workdir}")
+        say(f"{self.title:<10} {runs}: {what}, in {programs}; {workdir}")
         for number, (static, places) in enumerate(self.programs):
             runs = [(self.points[i], seed) for i in places for seed in self.config.seeds]
-            fixed = self.config.recipe.replace(**static)
+            # With the traced ones too: --nesterov alone, without its momentum, is no recipe.
+            fixed = self.config.recipe.replace(**self.points[places[0]])
             base, hparams = base_of(fixed, [point for point, _ in runs])
             config = dataclasses.replace(self.config, recipe=base, axes=None)
             lowering = replica_programs.choose_lowering(self.form, self.options.conv, base.model)
@@ -290,7 +320,7 @@ class Sweep:
                 members,
                 plan,
                 workdir / "groups" / f"program-{number}",
-                rows_of,
+                self.work,
                 hparams=hparams,
                 names=[f"{shown(point)}, seed {seed}" for point, seed in runs],
             )
@@ -302,8 +332,17 @@ class Sweep:
                     ((i, seed) for i in places for seed in self.config.seeds), results, strict=True
                 )
             ]
-            for phase, value in replica_results.all_seconds(run, done).items():
+            spent = replica_results.all_seconds(run, done)
+            for phase, value in spent.items():
                 seconds[phase] = seconds.get(phase, 0.0) + value
+            self.parts.append(
+                {
+                    "points": places,
+                    "parameters": run.parameters,
+                    "seconds": spent.get("training", 0.0),
+                    "runs": len(runs),
+                }
+            )
         return sorted(rows, key=lambda row: row["point"]), seconds
 
     def _config_of(self, point: Mapping, seed: int):

@@ -18,10 +18,23 @@ def is_terminal(stream: TextIO | None) -> bool:
         return False
 
 
+def _bar_class() -> tuple[type, bool]:
+    """Returns tqdm's bar, and whether it is a notebook's, which is drawn whatever stderr is."""
+    if "ipykernel" in sys.modules and "ipywidgets" in sys.modules:
+        import tqdm.auto
+        import tqdm.notebook
+
+        return tqdm.auto.tqdm, issubclass(tqdm.auto.tqdm, tqdm.notebook.tqdm)
+    from tqdm import tqdm
+
+    return tqdm, False
+
+
 class Progress:
     """A bar over the images of a whole run: loss, images/s and time left; a context manager.
 
-    It is drawn on stderr, and only where that is a terminal; `print` writes to stdout above it.
+    It is drawn in a notebook's cell (`tqdm.auto`), or on stderr, and there only where that is a
+    terminal; `print` writes to stdout above it.
 
     Args:
       total: images the run trains on, all epochs together.
@@ -40,15 +53,14 @@ class Progress:
         shown: bool = True,
         doing: str = "compiling",
     ):
-        from tqdm import tqdm
-
         self._validated = ""
+        make, in_notebook = _bar_class()
         stream = sys.stderr if stream is None else stream
-        self._bar = tqdm(
+        self._bar = make(
             total=total,
             initial=done,
             file=stream,
-            disable=not (shown and is_terminal(stream)),
+            disable=not (shown and (in_notebook or is_terminal(stream))),
             unit=" images",
             unit_scale=True,
             dynamic_ncols=True,

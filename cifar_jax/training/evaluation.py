@@ -146,11 +146,12 @@ def probabilities_of(
     for start in range(0, size, batches * batch_size):
         indices = np.minimum(start + np.arange(batches * batch_size), size - 1)
         logits = predict(variables, images[indices].reshape(batches, batch_size, *images.shape[1:]))
-        found.append(_softmax(logits))
+        found.append(softmax(logits))
     return np.concatenate(found)[:size]
 
 
-def _softmax(logits: jax.Array) -> np.ndarray:
+def softmax(logits: jax.Array) -> np.ndarray:
+    """Returns float32 probabilities [batches * B, C] of logits [batches, B, C]."""
     return np.asarray(jax.jit(jax.nn.softmax)(logits)).reshape(-1, logits.shape[-1])
 
 
@@ -161,7 +162,7 @@ def split_results(
     logits [batches, B, C]."""
     found = console.results(sums, sums["confusion"], class_names)
     found["confusion"] = sums["confusion"]
-    return found, _softmax(logits)[:size]
+    return found, softmax(logits)[:size]
 
 
 def programs(

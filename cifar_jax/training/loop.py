@@ -25,10 +25,16 @@ from cifar_jax.runtime.progress import Progress
 from cifar_jax.runtime.timing import seconds_since_start
 from cifar_jax.training.runs import Arrays, Chunk, OneRun, Print, Runs
 from cifar_jax.training.setup import Run
+from cifar_jax.training.workdir import Config
 
 
 class Interrupted(Exception):
-    """A signal asked to stop; all is saved. `args` is (signal number, step)."""
+    """A signal asked to stop; all is saved. `args` is (signal number, step), and `at` where the
+    run stands, where one was in training."""
+
+    def __init__(self, signal: int | None, step: int, at: Position | None = None):
+        super().__init__(signal, step)
+        self.at = at
 
 
 @dataclasses.dataclass
@@ -52,6 +58,10 @@ class Position:
         return np.array([i not in self.diverged for i in range(len(self.best_rows))])
 
 
+# Sees the config of a run and each row of its log, when it is written.
+Watch = Callable[[Config, dict], None]
+
+
 class Loop:
     """Trains runs, writing `metrics.jsonl` and `checkpoints` in a folder; a context manager.
 
@@ -59,15 +69,23 @@ class Loop:
       runs: what is trained.
       stop: returns the number of a signal that asks to stop, or None.
       bar: a `Progress` over the images of all runs, and perhaps of others.
+      watch: sees every row.
 
     Raises (from `begin` and `train`):
       Interrupted: stopped by a signal, after saving.
       UserError: a full disk, no good checkpoint among those there, or a run alone diverged.
     """
 
-    def __init__(self, runs: Runs, folder: Path, stop: Callable[[], int | None], bar: Progress):
+    def __init__(
+        self,
+        runs: Runs,
+        folder: Path,
+        stop: Callable[[], int | None],
+        bar: Progress,
+        watch: Watch | None = None,
+    ):
         self.runs, self.run, self.recipe = runs, runs.run, runs.recipe
-        self.stop, self.bar = stop, bar
+        self.stop, self.bar, self.watch = stop, bar, watch or (lambda config, row: None)
         self.steps = self.run.steps_per_epoch
         self.lengths = programs.Chunks(self.steps, seconds=runs.chunk_seconds)
         self.saved_at = time.monotonic()
@@ -160,7 +178,7 @@ class Loop:
         if at.step < self.steps and (signal or due):
             self._save(at, block=bool(signal))
             if signal:
-                raise Interrupted(signal, (at.epoch - 1) * self.steps + at.step)
+                raise Interrupted(signal, (at.epoch - 1) * self.steps + at.step, at)
         return at
 
     def _look_at_losses(self, at: Position, losses: np.ndarray, before: int) -> None:
@@ -187,7 +205,9 @@ class Loop:
         for i in alive.tolist():
             every = self.runs.members[i].config.recipe.log_every
             for values in console.window_rows(means[i], before, at.step, every, **where):
-                self.runs.show_window(self.log.append("window", **self.runs.label(i), **values))
+                row = self.log.append("window", **self.runs.label(i), **values)
+                self.runs.show_window(row)
+                self.watch(self.runs.members[i].config, row)
         images = int(counts[:, before:].sum(axis=1).max()) * len(self.runs.members)
         loss = float(means[alive, before:].mean()) if len(alive) else np.nan
         self.bar.update(images, epoch=f"{at.epoch}/{self.recipe.epochs}", loss=loss)
@@ -218,13 +238,15 @@ class Loop:
         found = [row.get("validation_accuracy") for row in rows]
         self.bar.validated(float(np.mean(found)) if rows and None not in found else None)
         runs.show_epoch(rows, improved)
+        for row in rows:
+            self.watch(runs.members[row.get("member", 0)].config, row)
         arrays = runs.next_epoch(at.arrays, improved)
         at = dataclasses.replace(at, epoch=at.epoch + 1, step=0, arrays=arrays)
         signal = self.stop()
         metric = rows[0].get("validation_loss") if runs.alone else None
         self._save(at, block=bool(signal), metric=metric)
         if signal:
-            raise Interrupted(signal, step)
+            raise Interrupted(signal, step, at)
         return at
 
     def _save(self, at: Position, block: bool, metric: float | None = None) -> None:
@@ -247,7 +269,13 @@ class Loop:
 
 
 def train(
-    run: Run, workdir: Path, stop: Callable[[], int | None], say: Print, resume: bool
+    run: Run,
+    workdir: Path,
+    stop: Callable[[], int | None],
+    say: Print,
+    resume: bool,
+    watch: Watch | None = None,
+    keep: bool = False,
 ) -> tuple[steps.TrainState, dict]:
     """Trains a run to the recipe's last epoch, going on from the newest checkpoint if there is one.
 
@@ -256,9 +284,12 @@ def train(
       stop: returns the number of a signal that asks to stop, or None.
       say: prints a line.
       resume: whether there may be checkpoints to go on from.
+      watch: sees every row.
+      keep: a run that is stopped is returned as it is, in place of `Interrupted`.
 
     Returns:
-      The state to test (best or last, as the recipe says), and what `trained` returns.
+      The state to test (best or last, as the recipe says), and what `trained` returns, of a run
+      that was stopped with "stopped": True.
 
     Raises:
       Interrupted: stopped by a signal, after saving.
@@ -268,15 +299,22 @@ def train(
     with Progress(recipe.epochs * run.config.images_per_epoch, shown=agreement.is_leader()) as bar:
         printer = bar.print if say is print else say
         runs = OneRun(run, printer)
-        with Loop(runs, workdir, stop, bar) as loop:
+        with Loop(runs, workdir, stop, bar, watch) as loop:
             if resume and not loop.checkpoints.committed():
                 printer("No checkpoint was saved before: starting from the first step")
             at = loop.begin(resume)
             with _tensorboard(run, workdir, at, printer) as runs.events:
-                at = loop.train(at)
+                try:
+                    at = loop.train(at)
+                except Interrupted as interrupted:
+                    if not keep:
+                        raise
+                    at = interrupted.at
             state, (best,) = at.arrays.state, at.best_rows
             found = trained(run, best)
-            if recipe.select_best:
+            if at.epoch <= recipe.epochs:
+                found |= _stopped(run, at, best)
+            if recipe.select_best and (best or "stopped" not in found):
                 chosen = loop.checkpoints.restore(runs.payload(at.arrays), which="best")
                 state, found["tested_epoch"] = chosen.state["state"], chosen.extra["epoch"] - 1
                 if best and found["tested_epoch"] != best["epoch"]:
@@ -284,7 +322,7 @@ def train(
                     for line in [*chosen.skipped, f"the best epoch was {best['epoch']}; {tested}"]:
                         printer(f"warning: {line}")
     signal = stop()
-    if signal:
+    if signal and not keep:
         raise Interrupted(signal, found["steps"])
     return state, found
 
@@ -298,6 +336,17 @@ def trained(run: Run, best: dict | None) -> dict:
         "tested_epoch": best["epoch"] if best and recipe.select_best else recipe.epochs,
         "epochs": recipe.epochs,
         "steps": recipe.epochs * run.steps_per_epoch,
+    }
+
+
+def _stopped(run: Run, at: Position, best: dict | None) -> dict:
+    """What of `trained` is otherwise where a run was stopped."""
+    done = at.epoch - 1
+    return {
+        "tested_epoch": best["epoch"] if best and run.config.recipe.select_best else done,
+        "epochs": done,
+        "steps": done * run.steps_per_epoch + at.step,
+        "stopped": True,
     }
 
 

@@ -121,8 +121,13 @@ class Run:
         return self.config.steps_per_epoch
 
 
-def make_run(config: Config, dataset: Dataset, options: Options, clock: Clock) -> Run:
+def make_run(
+    config: Config, dataset: Dataset, options: Options, clock: Clock, model: nn.Module | None = None
+) -> Run:
     """Builds model, optimizer, splits and programs; nothing is computed or compiled yet.
+
+    Args:
+      model: in place of the one that the recipe names.
 
     Raises:
       UserError: an unknown name, a batch larger than the training split, a prefix of `freeze` or
@@ -135,7 +140,8 @@ def make_run(config: Config, dataset: Dataset, options: Options, clock: Clock) -
         raise UserError(f"--feed stream reads prepared sets; {dataset.name} is read whole")
     keys, training, validation = drawn(config)
     input_pipeline.check_batch_size(recipe.batch_size, len(training))
-    model = model_of(recipe, len(dataset.class_names), options.lowering)
+    if model is None:
+        model = model_of(recipe, len(dataset.class_names), options.lowering)
     image_shape = dataset.splits["train"].images.shape[1:]
     if own.is_own(recipe.model):
         shape = input_shape(recipe, image_shape)

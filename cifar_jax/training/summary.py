@@ -161,7 +161,8 @@ def results_text(summary: dict) -> str:
 
 def finish(run: Run, workdir: Path, state: steps.TrainState, trained: dict, say: Print) -> dict:
     """Tests the chosen weights, says what it found, draws, writes `summary.json` last, and returns
-    its contents. A picture that fails costs a warning."""
+    its contents. A picture that fails costs a warning. Of a run that was stopped nothing is drawn
+    and no summary is written: the run goes on in its directory."""
     which = "best" if run.config.recipe.select_best else "last"
     say(f"Testing the weights of the {which} epoch ({trained['tested_epoch']})")
     found, probabilities = test(run, state, "test")
@@ -175,14 +176,16 @@ def finish(run: Run, workdir: Path, state: steps.TrainState, trained: dict, say:
     say("")
     say(console.first_images_lines(labels, probabilities.argmax(axis=-1), names))
     say(console.results_lines(found, split="Test"))
-    if run.options.plots:
+    stopped = "stopped" in trained
+    if run.options.plots and not stopped:
         draw(run, workdir, state.key.addressable_data(0), found, probabilities, say)
     summary = metrics_log.to_json(summarize(run, trained, found))
-    write_json(workdir / "summary.json", summary)
-    if run.options.report:
-        write_report(run, workdir, say)
+    if not stopped:
+        write_json(workdir / "summary.json", summary)
+        if run.options.report:
+            write_report(run, workdir, say)
     say(console.timing_line(summary["seconds"], summary["images_per_second"]))
-    say(f"Written to {workdir}")
+    say(f"Stopped; it goes on in {workdir}" if stopped else f"Written to {workdir}")
     return summary
 
 
