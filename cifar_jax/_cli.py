@@ -286,6 +286,8 @@ def start_device(options: argparse.Namespace, recipe: Recipe | None = None) -> N
     if options.conv not in LOWERINGS:
         raise UserError(f"unknown --conv {options.conv!r}; {nearest(options.conv, LOWERINGS)}")
     threads = setup.cpu_threads(recipe, options.devices) if recipe else None
+    if getattr(options, "deterministic", False):
+        hardware.deterministic()
     hardware.select_platform(options.device, threads)
     compilation_cache.enable()
 

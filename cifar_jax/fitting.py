@@ -65,8 +65,8 @@ def fit(
 
     Args:
       recipe: a name of `RECIPES`, or a Recipe; by default the model's own, or `dropout`.
-      model: a name of `MODELS`, `mynet.py:Net`, a linen module, or a class or function that makes one; it gets
-        `num_classes` if it takes that.
+      model: a name of `MODELS`, `mynet.py:Net`, a linen module, or a class or function that makes
+        one; it gets `num_classes` if it takes that.
       data: a `Dataset`; the name of one; arrays ((images, labels), (test images, test labels)),
         uint8 [N, S, S, 3] and whole numbers [N]; or these in a mapping, as `numpy.load` gives,
         under `x_train, y_train, x_test, y_test`. By default the recipe's.

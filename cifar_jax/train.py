@@ -73,6 +73,11 @@ def make_parser() -> cli.Parser:
         "--tensorboard", action="store_true", help="write event files too (extra: tensorboard)"
     )
     parser.add_argument(
+        "--deterministic",
+        action="store_true",
+        help="the same bits in every run on a GPU, slower; a CPU's always are",
+    )
+    parser.add_argument(
         "--fallback-shapes10",
         action="store_true",
         help="where the data set cannot be had, train on the built-in shapes10 and say so",

@@ -109,6 +109,12 @@ def _pool_of(threads: int):
     _threads = threads
 
 
+def deterministic() -> None:
+    """Has XLA compute on a GPU with operations that give the same bits every time, and without
+    measuring kernels against one another. Call it before anything runs on a device."""
+    os.environ["XLA_FLAGS"] = f"{_user_flags()} --xla_gpu_deterministic_ops=true".strip()
+
+
 def _user_flags() -> str:
     return os.environ.get("XLA_FLAGS", "")
 

@@ -107,6 +107,18 @@ def run_command(main: Callable[[], None]) -> int:
             _running = False
 
 
+def _out_of_memory(error: RuntimeError) -> str | None:
+    """Returns what to say of JAX's error for a device without memory left, None of any other."""
+    text = str(error)
+    if "RESOURCE_EXHAUSTED" not in text:
+        return None
+    reason = one_line(RuntimeError(text.strip().splitlines()[0]))
+    return (
+        f"the device is out of memory ({reason}); a smaller --batch-size, --accumulate 2 or more, "
+        "or --remat needs less; what was saved is kept, and a run goes on from there"
+    )
+
+
 def _status_of(action: Callable[[], None]) -> int:
     try:
         action()
@@ -118,6 +130,12 @@ def _status_of(action: Callable[[], None]) -> int:
     except KeyboardInterrupt:
         print("Interrupted", file=sys.stderr)
         return 130
+    except RuntimeError as error:
+        line = _out_of_memory(error)
+        if line is None:
+            raise
+        print(f"error: {line}", file=sys.stderr)
+        return 2
     except SystemExit as stop:  # `--help`, a signal
         return stop.code or 0
     return 0
