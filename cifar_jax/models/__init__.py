@@ -19,6 +19,7 @@ from cifar_jax.models import own
 from cifar_jax.models.airbench import Airbench, Airbench95, Airbench96
 from cifar_jax.models.cnn import DeepCNN, DropoutCNN, TutorialCNN
 from cifar_jax.models.own import takes
+from cifar_jax.models.resnet import ResNet18, ResNet20
 from cifar_jax.models.vgg import VGG, VGG11, VGG16, VGGBatchNorm
 from cifar_jax.runtime.errors import UserError, lookup
 
@@ -32,6 +33,8 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "airbench": Airbench,
     "airbench95": Airbench95,
     "airbench96": Airbench96,
+    "resnet18": ResNet18,
+    "resnet20": ResNet20,
 }
 
 

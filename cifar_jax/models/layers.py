@@ -97,13 +97,15 @@ class ConvRelu(nn.Module):
 class Conv(nn.Module):
     """A bare convolution, for what puts a normalisation before the relu.
 
-    Input [N, H, W, C] float or `Blocked`; output [N, H', W', features]. Parameters: `kernel`
+    Input [N, H, W, C] float or `Blocked`; output [N, H', W', features], with a `stride` of 2 of
+    every second row and column. Parameters: `kernel`
     [k, k, C, features] (HWIO), with `use_bias` also `bias` [features].
     """
 
     features: int
     kernel_size: int
     padding: int = 0
+    stride: int = 1
     use_bias: bool = True
     lowering: str = "auto"
     kernel_init: Callable | None = None
@@ -115,12 +117,20 @@ class Conv(nn.Module):
         init = torch_uniform(k * k * channels)
         shape = (k, k, channels, self.features)
         kernel = self.param("kernel", self.kernel_init or init, shape)
-        x = convolution.convolve(x, kernel, padding=self.padding, lowering=self.lowering)
-        x = convolution.to_images(x)
+        x = self._convolve(x, kernel)
         if not self.use_bias:
             return x
         bias = self.param("bias", self.bias_init or init, (self.features,))
         return x + bias.astype(x.dtype).reshape(1, 1, 1, -1)
+
+    def _convolve(self, x: jax.Array | Blocked, kernel: jax.Array) -> jax.Array:
+        if self.stride > 1:
+            x = convolution.to_images(x)
+            if self.kernel_size > 1:
+                return convolution.strided(x, kernel, self.stride, self.padding)
+            x = x[:, :: self.stride, :: self.stride]
+        y = convolution.convolve(x, kernel, padding=self.padding, lowering=self.lowering)
+        return convolution.to_images(y)
 
 
 def max_pool(x: jax.Array) -> jax.Array:

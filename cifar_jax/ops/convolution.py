@@ -158,6 +158,17 @@ def to_images(x: jax.Array | Blocked) -> jax.Array:
     return layout.to_images(x) if isinstance(x, Blocked) else x
 
 
+def strided(x: jax.Array, kernel: jax.Array, stride: int, padding: int) -> jax.Array:
+    """Bare convolution of [N, H, W, C] with [k, k, C, F] and a stride, whatever the lowering."""
+    return lax.conv_general_dilated(
+        x,
+        kernel.astype(x.dtype),
+        (stride, stride),
+        [(padding, padding)] * 2,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+
+
 def _images(x, kernel, bias, padding, pool, conv):
     x = to_images(x)
     y = conv(x, kernel.astype(x.dtype), padding)

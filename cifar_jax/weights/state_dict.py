@@ -46,8 +46,8 @@ NAMES = {
     ("batch_stats", "var"): "running_var",
 }
 
-# Prefixes of our layer names that stand for a numbered PyTorch container.
-CONTAINERS = ("features_", "classifier_", "layers_")
+# Our layer names that stand for a module of a numbered PyTorch container.
+CONTAINED = re.compile(r"(features|classifier|layers|layer\d+|shortcut)_(\d+)")
 # Where a checkpoint that holds more than weights keeps them.
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net")
 # What `DataParallel` and `torch.compile` put before every name.
@@ -59,10 +59,7 @@ SHOWN = 4  # differences that an error lists
 
 def torch_name(layer: str) -> str:
     """Returns PyTorch's name of one of our layers: `features_3` is `features.3`."""
-    for prefix in CONTAINERS:
-        if layer.startswith(prefix):
-            return prefix[:-1] + "." + layer.removeprefix(prefix)
-    return layer
+    return CONTAINED.sub(r"\1.\2", layer) if CONTAINED.fullmatch(layer) else layer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +124,7 @@ def entries(variables: Mapping[str, Layers], torch_layers: TorchLayers = NUMBERE
             else:
                 name = path[-1]
         torch_shape = tuple(shape[axis] for axis in axes) if view is shape else shape[::-1]
-        modules = [torch_name(path[1]), *path[2:-1]] if layer else []
+        modules = [torch_name(name) for name in path[1:-1]]
         name = ".".join([*modules, name])
         if name in result:
             raise UserError(f"two of the model's variables would be {name} in a PyTorch state dict")
