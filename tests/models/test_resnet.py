@@ -1,5 +1,6 @@
 """The residual networks against PyTorch modules of the usual names, weights going both ways."""
 
+import copy
 import functools
 
 import jax
@@ -97,28 +98,32 @@ def test_weights_go_back_to_pytorchs_names(pair):
 
 
 def test_training_pass_gradients_and_statistics_are_pytorchs(pair):
-    _, model, variables, net = pair
-    images = np.random.default_rng(0).standard_normal((4, 32, 32, 3)).astype(np.float32)
+    """In float64: in float32 the rounding of so deep a network hides what is wrong by 1 %."""
+    name, _, variables, net = pair
+    model, net = make_model(name, lowering="lax"), copy.deepcopy(net).double().train()
+    images = np.random.default_rng(0).standard_normal((4, 32, 32, 3))
     labels = np.array([3, 1, 4, 9])
-
-    @functools.partial(jax.value_and_grad, has_aux=True)
-    def loss(params):
-        given = {"params": params, "batch_stats": variables["batch_stats"]}
-        logits, updates = model.apply(given, images, train=True, mutable=["batch_stats"])
-        losses = steps.cross_entropy(logits, jnp.asarray(labels, jnp.int32))
-        return losses.sum(), (logits, updates["batch_stats"])
-
-    (_, (logits, statistics)), grads = jax.jit(loss)(variables["params"])
-    net.train()
     theirs = net(torch.tensor(images).permute(0, 3, 1, 2))
-    net.zero_grad()
     F.cross_entropy(theirs, torch.tensor(labels), reduction="sum").backward()
-    np.testing.assert_allclose(logits, theirs.detach().numpy(), atol=2e-4)
+
+    with jax.enable_x64(True):
+        variables = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), variables)
+
+        @functools.partial(jax.value_and_grad, has_aux=True)
+        def loss(params):
+            given = {"params": params, "batch_stats": variables["batch_stats"]}
+            logits, updates = model.apply(given, images, train=True, mutable=["batch_stats"])
+            losses = steps.cross_entropy(logits, jnp.asarray(labels, jnp.int32))
+            return losses.sum(), (logits, updates["batch_stats"])
+
+        (_, (logits, statistics)), grads = jax.device_get(jax.jit(loss)(variables["params"]))
+    assert logits.dtype == np.float64
+    np.testing.assert_allclose(logits, theirs.detach().numpy(), atol=1e-9)
     found = state_dict.to_torch(grads, statistics, model.torch_layers)
     for name, parameter in net.named_parameters():
         want = parameter.grad.numpy()
         difference = np.linalg.norm(found[name] - want) / np.linalg.norm(want)
-        assert difference < 1e-3, f"{name}: {difference:.1e}"
+        assert difference < 1e-9, f"{name}: {difference:.1e}"
     for name, buffer in net.named_buffers():
         if "running" in name:
-            np.testing.assert_allclose(found[name], buffer.numpy(), atol=1e-4, err_msg=name)
+            np.testing.assert_allclose(found[name], buffer.numpy(), atol=1e-9, err_msg=name)
