@@ -137,6 +137,8 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
 class Config:
     """All that `open_workdir` wants of a config that it does not compare."""
 
+    code = None
+
     def __init__(self, kind):
         self.kind = kind
 
