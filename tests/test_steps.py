@@ -175,16 +175,26 @@ def test_dropout_is_used_in_training_only():
     assert float(trained["loss"]) != pytest.approx(losses.sum(), rel=1e-3)
 
 
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.7])
-def test_label_smoothing_is_torchs(smoothing):
+def test_label_smoothing_is_torchs(smoothing, backend, monkeypatch):
     torch = pytest.importorskip("torch", reason="the yardstick is torch's cross_entropy")
     rng = np.random.default_rng(0)
     logits, labels = rng.normal(0, 3, (12, 10)).astype(np.float32), rng.integers(0, 10, 12)
+    theirs = torch.tensor(logits, requires_grad=True)
     want = torch.nn.functional.cross_entropy(
-        torch.tensor(logits), torch.tensor(labels), label_smoothing=smoothing, reduction="none"
+        theirs, torch.tensor(labels), label_smoothing=smoothing, reduction="none"
     )
-    got = cross_entropy(jnp.asarray(logits), jnp.asarray(labels, jnp.int32), smoothing)
-    np.testing.assert_allclose(got, want.numpy(), rtol=1e-5, atol=1e-6)
+    want.sum().backward()
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)  # each has its own form
+
+    def loss(logits):
+        found = cross_entropy(logits, jnp.asarray(labels, jnp.int32), smoothing)
+        return found.sum(), found
+
+    gradient, got = jax.grad(loss, has_aux=True)(jnp.asarray(logits))
+    np.testing.assert_allclose(got, want.detach().numpy(), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(gradient, theirs.grad.numpy(), rtol=1e-4, atol=1e-6)
 
 
 def test_label_smoothing_reaches_the_step():

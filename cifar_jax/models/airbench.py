@@ -20,6 +20,7 @@ import jax.numpy as jnp
 
 from cifar_jax.models.layers import BatchNorm, Conv, Dense, block, max_pool, torch_uniform
 from cifar_jax.ops import convolution
+from cifar_jax.runtime.errors import check_batched
 
 WHITENING = "whiten"
 
@@ -103,8 +104,9 @@ class Airbench(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        check_batched(x)
         if min(x.shape[1:3]) < 2 ** (len(self.widths) + 1) + 1:
-            raise convolution.too_small(x.shape[1:3], "airbench's whitening and three pools")
+            raise convolution.too_small(x.shape[1:3], "a whitening convolution and three pools")
         zeros = None if self.whitening_bias else nn.initializers.zeros
         x = gelu(Conv(24, 2, lowering=self.lowering, bias_init=zeros, name=WHITENING)(x))
 

@@ -16,7 +16,10 @@ def test_parameters_add_up_to_those_of_the_model(name):
     model = make_model(name)
     layers = summarise(model)
     params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
-    by_name = {k: sum(leaf.size for leaf in jax.tree.leaves(v)) for k, v in params.items()}
+    by_name = {}
+    for path, leaf in jax.tree.leaves_with_path(params):
+        layer = "/".join(key.key for key in path[:-1])
+        by_name[layer] = by_name.get(layer, 0) + leaf.size
     assert {x.name: x.parameters for x in layers if x.parameters} == by_name
     if name in PARAMETERS:
         assert sum(x.parameters for x in layers) == PARAMETERS[name]

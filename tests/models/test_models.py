@@ -139,7 +139,12 @@ def test_dropout_is_off_in_evaluation_and_right_on_average_in_training():
 
 
 @pytest.mark.parametrize(
-    ("name", "side"), [*((name, 4) for name in MODELS), ("vgg11_bn", 16), ("vgg16_bn", 31)]
+    ("name", "side"),
+    [
+        # A residual network's last layer reads the mean over a map of any size.
+        *((name, 4) for name in MODELS if not name.startswith("resnet")),
+        *(("vgg11_bn", 16), ("vgg16_bn", 31)),
+    ],
 )
 def test_images_that_are_too_small(name, side):
     with pytest.raises(UserError, match=r"images of \d+x\d+ are too small here for a"):
