@@ -6,8 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 
 # What the rest stands on, without PyTorch, in some minutes: for a second Python.
 SMOKE := $(addprefix tests/,ops/test_all_reduce.py test_augment.py checkpoints/test_checkpoints.py \
-	commands/test_evaluate_predict.py test_input_pipeline.py parallel/test_hardware.py \
-	parallel/test_several_devices.py)
+	test_input_pipeline.py parallel/test_hardware.py parallel/test_several_devices.py)
 
 .PHONY: train test test-all test-slow test-smoke lint docs bench reproduce clean
 .DEFAULT_GOAL := train

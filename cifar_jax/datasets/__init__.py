@@ -94,7 +94,8 @@ class Dataset:
         """Returns arrays as a set, as `own_images.of_arrays` takes them.
 
         Args:
-          test_images, test_labels: by default a share of the others.
+          test_images: by default a share of the others.
+          test_labels: of those.
           test_fraction: which share; 0 is `own_images.TEST_FRACTION`.
 
         Raises:
