@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from cifar_jax import input_pipeline, steps
+from cifar_jax import steps
 from cifar_jax.datasets import Dataset
 from cifar_jax.replicas import statistics
-from cifar_jax.reporting import metrics_log
+from cifar_jax.reporting import distribution, metrics_log
 from cifar_jax.runtime import files
 from cifar_jax.runtime.errors import UserError, check_batched
 from cifar_jax.training import evaluation, summary
@@ -79,10 +79,10 @@ class Result:
             )
         size = len(images)
         each = min(self.run.config.recipe.eval_batch_size, size)
-        indices = input_pipeline.batches(np.arange(size, dtype=np.int32), each)
         variables = steps.inference_variables(self.state)
-        logits = self.run.predict(variables, images[np.maximum(indices, 0)])
-        return evaluation.softmax(logits)[:size]
+        return evaluation.probabilities_of(
+            self.run.predict, variables, images, -(-size // each), each
+        )
 
     def evaluate(self, dataset: Dataset | None = None, split: str = "test") -> dict:
         """Returns {"test_loss", "test_accuracy", "per_class", ...} of a split, of several runs
@@ -171,7 +171,7 @@ class Result:
             found, path = statistics.spread(values), folder / "plots" / "test_accuracy.png"
             heading = f"{self.run.config.recipe_name}: test accuracy of {len(values)} runs"
             name = "test accuracy, %"
-            statistics.histogram(values, found, path, heading=heading, value_name=name)
+            distribution.histogram(values, found, path, heading=heading, value_name=name)
             return
         with metrics_log.MetricsLog(folder / "metrics.jsonl") as log:
             for row in self.history:

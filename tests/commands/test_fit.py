@@ -130,6 +130,9 @@ def test_many_seeds_are_one_result(data, small, tmp_path):
     assert result.summary["test_accuracy"]["n"] == 2
     assert {row["seed"] for row in result.history} == {2, 3}
     test = data.splits["test"]
+    (picture,) = result.plot().items()
+    assert picture[0] == "test_accuracy"
+    assert min(picture[1].size) > 200
     mean = np.mean([run.predict(test.images) for run in result.runs], axis=0)
     np.testing.assert_allclose(result.predict(test.images), mean)
     assert result.evaluate()["test_accuracy"]["mean"] == pytest.approx(
