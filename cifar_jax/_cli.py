@@ -271,6 +271,14 @@ def add_host_options(parser: Parser) -> None:
     group.add_argument("--process-id", type=int, help="this one, from 0")
 
 
+def add_training_options(parser: argparse.ArgumentParser) -> None:
+    """Adds what every command that trains takes beside a recipe: data, devices, processes."""
+    add_data_options(parser)
+    add_test_fraction(parser)
+    add_device_options(parser)
+    add_host_options(parser)
+
+
 def start_device(options: argparse.Namespace, recipe: Recipe | None = None) -> None:
     """Takes the device and the lowering that the options name. Raises `UserError`.
 

@@ -64,10 +64,7 @@ def make_parser() -> cli.Parser:
     parser.add_argument("--json", action="store_true", help="print one JSON object, nothing else")
     parser.add_argument("--csv", action="store_true", help="print the table as CSV, nothing else")
     cli.add_recipe_options(parser)
-    cli.add_data_options(parser)
-    cli.add_test_fraction(parser)
-    cli.add_device_options(parser)
-    cli.add_host_options(parser)
+    cli.add_training_options(parser)
     return parser
 
 

@@ -84,10 +84,7 @@ def make_parser() -> cli.Parser:
     )
     cli.add_trust_option(parser)
     cli.add_recipe_options(parser)
-    cli.add_data_options(parser)
-    cli.add_test_fraction(parser)
-    cli.add_device_options(parser)
-    cli.add_host_options(parser)
+    cli.add_training_options(parser)
     return parser
 
 

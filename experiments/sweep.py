@@ -51,10 +51,7 @@ def make_parser() -> cli.Parser:
     for field in dataclasses.fields(Recipe):
         option = f"--{field.name.replace('_', '-')}"
         group.add_argument(option, metavar="AXIS", default=argparse.SUPPRESS)
-    cli.add_data_options(parser)
-    cli.add_test_fraction(parser)
-    cli.add_device_options(parser)
-    cli.add_host_options(parser)
+    cli.add_training_options(parser)
     return parser
 
 
