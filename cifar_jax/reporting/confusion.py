@@ -84,7 +84,8 @@ def draw(figure, counts: np.ndarray, class_names: Sequence[str], most_names: int
         bar.outline.set_visible(False)
     if not written:
         return
-    middle = {"fontsize": 8.5, "ha": "center", "va": "center"}
+    # Within the axes, so that the layout need not measure each.
+    middle = {"fontsize": 8.5, "ha": "center", "va": "center", "in_layout": False}
     for (row, column), count in np.ndenumerate(counts):
         dark = share[row, column] / top[row, column] > 0.55
         ink = "white" if dark else (plots.INK if count else plots.QUIET)

@@ -57,11 +57,14 @@ def _drawing(name: str, about: str, width: float = WIDTH, height: float = HEIGHT
 
     style = {"svg.fonttype": "none", "svg.hashsalt": "cifar_jax", "axes.facecolor": "none"}
     with matplotlib.style.context(["default", plots.STYLE, style]):
-        figure = Figure(figsize=(width, height), dpi=144, layout="constrained")
+        figure = Figure(figsize=(width, height), dpi=72, layout="constrained")
         FigureCanvasSVG(figure)
         figure.get_layout_engine().set(w_pad=0.04, h_pad=0.04)
         holder, file = _Holder(), io.StringIO()
         yield figure, holder
+        # Saving would draw all once more only to lay it out.
+        figure.get_layout_engine().execute(figure)
+        figure.set_layout_engine(None)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Glyph .* missing from font")
             figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})

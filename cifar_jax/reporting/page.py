@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from cifar_jax.datasets import Split
-from cifar_jax.recipes import PUBLISHED, Recipe, published_accuracies
+from cifar_jax.recipes import PUBLISHED, published_accuracies
 from cifar_jax.reporting import figures, gallery, predictions, scores
 from cifar_jax.reporting.console import best_epoch, counted
 from cifar_jax.reporting.predictions import Predictions
@@ -29,6 +29,7 @@ from cifar_jax.reporting.run_files import (
 )
 from cifar_jax.runtime.errors import UserError
 from cifar_jax.runtime.files import replacing
+from cifar_jax.settings import Recipe
 
 NAME = "report.html"
 PAIRS = 12  # most frequent mistakes listed

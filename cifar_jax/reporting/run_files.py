@@ -8,10 +8,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cifar_jax.recipes import RECIPES, Recipe, option_of
+from cifar_jax.recipes import RECIPES
 from cifar_jax.reporting.console import counted
 from cifar_jax.reporting.metrics_log import read_metrics
 from cifar_jax.runtime.errors import UserError
+from cifar_jax.settings import Recipe, option_of
 
 
 @dataclasses.dataclass
