@@ -27,9 +27,9 @@ if TYPE_CHECKING:  # what `__getattr__` finds, for editors and type checkers
     from cifar_jax.parallel.data_parallel import shard_map_eval_step as shard_map_eval_step
     from cifar_jax.parallel.data_parallel import shard_map_train_step as shard_map_train_step
     from cifar_jax.recipes import RECIPES as RECIPES
-    from cifar_jax.recipes import Recipe as Recipe
     from cifar_jax.result import Result as Result
     from cifar_jax.runtime.errors import UserError as UserError
+    from cifar_jax.settings import Recipe as Recipe
     from cifar_jax.steps import TrainState as TrainState
     from cifar_jax.steps import create_state as create_state
     from cifar_jax.steps import eval_step as eval_step
@@ -55,7 +55,7 @@ _HOMES = {
     "Dataset": "datasets",
     "MODELS": "models",
     "RECIPES": "recipes",
-    "Recipe": "recipes",
+    "Recipe": "settings",
     "Result": "result",
     "TrainState": "steps",
     "UserError": "runtime.errors",

@@ -8,9 +8,10 @@ import typing
 from collections.abc import Iterable, Iterator, Sequence
 
 from cifar_jax.models import MODELS, own
-from cifar_jax.recipes import MODEL_RECIPES, RECIPES, TTA_NAMES, Recipe, option_of, parse_names
+from cifar_jax.recipes import MODEL_RECIPES, RECIPES
 from cifar_jax.runtime.errors import UserError, lookup, nearest
 from cifar_jax.runtime.files import expanded
+from cifar_jax.settings import TTA_NAMES, Recipe, option_of, parse_names
 
 DEFAULT_RECIPE = "dropout"
 MAX_SEED = 2**31 - 1

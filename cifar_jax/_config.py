@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from cifar_jax import _cli as cli
-from cifar_jax.recipes import Recipe
 from cifar_jax.runtime.errors import UserError, nearest
+from cifar_jax.settings import Recipe
 
 # What a file may hold beside the fields of a recipe, and of which types.
 OTHERS: dict[str, tuple[type, ...]] = {

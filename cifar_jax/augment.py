@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cifar_jax.recipes import TTA_NAMES
 from cifar_jax.runtime.errors import UserError, lookup
+from cifar_jax.settings import TTA_NAMES
 
 # name -> (mean, standard deviation) of each channel on the [0, 1] scale.
 NORMALIZATIONS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {

@@ -24,10 +24,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from cifar_jax import _cli as cli
-from cifar_jax.recipes import RECIPES, Recipe
+from cifar_jax.recipes import RECIPES
 from cifar_jax.runtime.errors import UserError, run_command
 from cifar_jax.runtime.files import absolute, write_json
 from cifar_jax.runtime.streams import json_text
+from cifar_jax.settings import Recipe
 
 LOOK = 8  # seeds between two looks of `--until`
 

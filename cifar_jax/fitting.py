@@ -20,7 +20,7 @@ from cifar_jax.checkpoints import manifests, save_restore
 from cifar_jax.datasets import Dataset, load_dataset
 from cifar_jax.models import find, own, takes
 from cifar_jax.parallel import hardware
-from cifar_jax.recipes import MODEL_RECIPES, RECIPES, Recipe
+from cifar_jax.recipes import MODEL_RECIPES, RECIPES
 from cifar_jax.replicas import programs as replica_programs
 from cifar_jax.replicas import scheduler
 from cifar_jax.reporting.metrics_log import read_metrics
@@ -29,6 +29,7 @@ from cifar_jax.runtime import compilation_cache
 from cifar_jax.runtime.errors import UserError, lookup
 from cifar_jax.runtime.files import absolute
 from cifar_jax.runtime.timing import Clock
+from cifar_jax.settings import Recipe
 from cifar_jax.train import stop_requests
 from cifar_jax.training import loop, setup, summary
 from cifar_jax.training.loop import Interrupted

@@ -13,8 +13,8 @@ import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from cifar_jax.models import fold
-from cifar_jax.recipes import Recipe
 from cifar_jax.runtime.errors import UserError, nearest
+from cifar_jax.settings import Recipe
 
 
 def _standard_promotion(function):

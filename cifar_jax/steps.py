@@ -25,6 +25,7 @@ from cifar_jax.models import init, mode, takes
 from cifar_jax.models.layers import BY_EXAMPLE
 from cifar_jax.ops import averaging
 from cifar_jax.ops.all_reduce import sum_over
+from cifar_jax.ops.cross_entropy import cross_entropy
 from cifar_jax.runtime.errors import check_batched
 
 Batch = dict[str, jax.Array]
@@ -141,24 +142,6 @@ def step_keys(key: jax.Array, step: int | jax.Array) -> tuple[jax.Array, jax.Arr
 def _mask(batch: Batch) -> jax.Array:
     mask = batch.get("mask")
     return jnp.ones(batch["label"].shape, jnp.float32) if mask is None else mask.astype(jnp.float32)
-
-
-def cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float = 0.0) -> jax.Array:
-    """Returns softmax cross-entropy in nats, [B], of logits [B, C] and int labels [B].
-
-    With smoothing s the target is (1 - s) one-hot + s / C, as PyTorch's `label_smoothing`.
-    """
-    if jax.default_backend() == "gpu":
-        # A sum over the classes, of which one counts: a lookup and the scatter that is its gradient
-        # are kernels of their own there.
-        is_label = labels[:, None] == jnp.arange(logits.shape[-1], dtype=labels.dtype)[None]
-        losses = -jnp.where(is_label, jax.nn.log_softmax(logits), 0).sum(axis=-1)
-    else:
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-    if isinstance(smoothing, jax.Array) or smoothing:
-        uniform = -jax.nn.log_softmax(logits).mean(axis=-1)
-        losses = (1 - smoothing) * losses + smoothing * uniform
-    return losses
 
 
 def _sums(logits, labels, mask, losses) -> Metrics:

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cifar_jax import _cli as cli
-from cifar_jax import recipes, train
+from cifar_jax import settings, train
 from cifar_jax.recipes import PUBLISHED, RECIPES
 from cifar_jax.replicas.statistics import spread
 from cifar_jax.reporting.metrics_log import to_json, write_summary
@@ -146,7 +146,7 @@ def main(arguments: Sequence[str] | None = None) -> dict:
     """Parses, trains, writes the table."""
     parser = cli.Parser(prog="python -m experiments.reproduce", description=__doc__)
     parser.add_argument(
-        "--recipes", type=recipes.parse_names, default=tuple(PUBLISHED), help="a,b,c"
+        "--recipes", type=settings.parse_names, default=tuple(PUBLISHED), help="a,b,c"
     )
     parser.add_argument("--seeds", type=cli.seeds, default="0:8", help="0:8 is 0 to 7")
     parser.add_argument(

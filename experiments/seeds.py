@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from cifar_jax import _cli as cli
-from cifar_jax import recipes, train
+from cifar_jax import settings, train
 from cifar_jax.recipes import PUBLISHED
 from cifar_jax.replicas.statistics import spread
 from cifar_jax.reporting.metrics_log import to_json, write_summary
@@ -76,7 +76,7 @@ def table(results: Mapping) -> str:
 def main(arguments: Sequence[str] | None = None) -> dict:
     """Parses, trains, writes the table and the picture."""
     parser = cli.Parser(prog="python -m experiments.seeds", description=__doc__)
-    parser.add_argument("--recipes", type=recipes.parse_names, default=tuple(COUNTS), help="a,b,c")
+    parser.add_argument("--recipes", type=settings.parse_names, default=tuple(COUNTS), help="a,b,c")
     parser.add_argument("--count", type=cli.positive, help="seeds 0 to COUNT - 1 of each recipe")
     parser.add_argument(
         "--runs", type=cli.path, default="runs/seeds", help="where run directories go"

@@ -9,7 +9,17 @@ import cifar_jax
 
 PACKAGE = pathlib.Path(cifar_jax.__file__).parent
 ORDER = (
-    *("runtime", "recipes", "datasets", "ops", "models", "augment", "optimizers", "steps"),
+    *(
+        "runtime",
+        "settings",
+        "recipes",
+        "datasets",
+        "ops",
+        "models",
+        "augment",
+        "optimizers",
+        "steps",
+    ),
     *("input_pipeline", "parallel", "checkpoints", "reporting", "training", "weights", "replicas"),
     "commands",
 )

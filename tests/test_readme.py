@@ -10,7 +10,7 @@ import pytest
 from tiny_data import NAMES, ROOT, complete, python, tiny
 
 from cifar_jax import export
-from cifar_jax.recipes import settings_table
+from cifar_jax.settings import settings_table
 from cifar_jax.training import evaluation
 
 __all__ = ["complete", "tiny"]

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from cifar_jax import recipes
-from cifar_jax.recipes import Recipe
+from cifar_jax import settings
 from cifar_jax.runtime.errors import UserError, nearest
+from cifar_jax.settings import Recipe
 from cifar_jax.training.setup import TRACED
 
 TYPES = typing.get_type_hints(Recipe)
@@ -60,7 +60,7 @@ def parse(name: str, text: str, random: bool = False) -> Axis:
         raise UserError(f"a recipe has no {name!r} to vary; {nearest(name, TYPES)}")
     option, kind = f"--{name.replace('_', '-')}", TYPES[name]
     if kind not in (int, float, str, bool):
-        return Axis(name, text, (recipes.parse_names(text),))
+        return Axis(name, text, (settings.parse_names(text),))
     if text.split(":")[0] in ("log", "lin"):
         return _range(name, text, option, kind, random)
     values = tuple(_value(part.strip(), option, kind) for part in text.split(","))

@@ -10,9 +10,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from cifar_jax.models import find
-from cifar_jax.recipes import RECIPES, Recipe
+from cifar_jax.recipes import RECIPES
 from cifar_jax.replicas import sweep as sweeps
 from cifar_jax.runtime.errors import UserError, nearest
+from cifar_jax.settings import Recipe
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,8 +11,8 @@ import numpy as np
 
 from cifar_jax import optimizers
 from cifar_jax.models import init, mode, own
-from cifar_jax.recipes import Recipe
 from cifar_jax.runtime.errors import UserError
+from cifar_jax.settings import Recipe
 
 # A loss within this of ln(classes) over the whole first epoch has not begun to fall.
 STUCK_MARGIN = 0.01

@@ -18,9 +18,9 @@ from cifar_jax.datasets import Dataset, own_images
 from cifar_jax.models import init, model_of, own
 from cifar_jax.parallel import hardware, placement, programs
 from cifar_jax.parallel.placement import Placement
-from cifar_jax.recipes import Recipe
 from cifar_jax.runtime.errors import UserError, lookup
 from cifar_jax.runtime.timing import Clock
+from cifar_jax.settings import Recipe
 from cifar_jax.training import checks
 from cifar_jax.training.workdir import Config
 

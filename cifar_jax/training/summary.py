@@ -11,13 +11,13 @@ from cifar_jax import augment, input_pipeline, steps
 from cifar_jax.models import fold
 from cifar_jax.models.layer_table import format_table, summarise
 from cifar_jax.parallel import hardware
-from cifar_jax.recipes import Recipe
 from cifar_jax.reporting import confusion, console, metrics_log, page, plots, predictions
 from cifar_jax.reporting.plots import attempt
 from cifar_jax.reporting.predictions import Predictions
 from cifar_jax.runtime.environment import environment
 from cifar_jax.runtime.files import write_json
 from cifar_jax.runtime.timing import peak_memory
+from cifar_jax.settings import Recipe
 from cifar_jax.training import evaluation, setup
 from cifar_jax.training.runs import Print
 from cifar_jax.training.setup import Run

@@ -27,10 +27,10 @@ from pathlib import Path
 from cifar_jax.checkpoints.manifests import latest_step
 from cifar_jax.models import own
 from cifar_jax.models.own import Code
-from cifar_jax.recipes import TO_THE_END, Recipe
 from cifar_jax.runtime import files
 from cifar_jax.runtime.errors import ReaderLeft, UserError, notice
 from cifar_jax.runtime.files import write_json
+from cifar_jax.settings import TO_THE_END, Recipe
 
 FORMAT = 1
 _OWN_NAMES = (
