@@ -250,7 +250,7 @@ def train_one(options, words: Sequence[str], say) -> dict:
             workdir = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "run"
         overwrite = options.overwrite and leads
         resume = stack.enter_context(open_workdir(workdir, run.config, overwrite=overwrite))
-        resume = agreement.from_leader(resume)
+        resume = agreement.broadcast(resume)
         shown = summary.results_text
         done = agreement.by_leader(lambda: _complete(workdir, shown, say) if resume else None)
         if done is not None:

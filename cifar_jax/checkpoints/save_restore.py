@@ -225,8 +225,8 @@ class Checkpoints:
         else:
             found = Restored(0, jax.tree.map(_to_fill, shapes), {}, None, [])
         about = [found.step, found.extra, found.metric, found.skipped]
-        step, extra, metric, skipped = agreement.from_leader(about)
-        return Restored(step, agreement.share(found.state), extra, metric, skipped)
+        step, extra, metric, skipped = agreement.broadcast(about)
+        return Restored(step, agreement.broadcast_arrays(found.state), extra, metric, skipped)
 
 
 def restore(
@@ -349,7 +349,7 @@ def _blank(leaf: Any) -> np.ndarray:
 
 
 def _to_fill(shape: jax.ShapeDtypeStruct) -> Any:
-    """An array, or keys, of that shape for `agreement.share` to fill."""
+    """An array, or keys, of that shape for `agreement.broadcast_arrays` to fill."""
     return jax.random.key(0) if keys.is_key(shape) else np.zeros(shape.shape, shape.dtype)
 
 

@@ -30,24 +30,24 @@ def is_leader() -> bool:
     return jax.process_index() == 0
 
 
-def from_leader(value: Any = None) -> Any:
+def broadcast(value: Any = None) -> Any:
     """Returns the leader's `value`, anything JSON holds, in every process; all must call it."""
     return exchange(value if is_leader() else None)[0]
 
 
 def by_leader(function: Callable[[], Any]) -> Any:
     """Returns, in every process, what `function()` returns in the leader, which alone calls it."""
-    return from_leader(function() if is_leader() else None)
+    return broadcast(function() if is_leader() else None)
 
 
-def numbers(*values: int) -> np.ndarray:
+def allgather(*values: int) -> np.ndarray:
     """Returns int32 [processes, len(values)]: what each process gave. All must call it."""
     return np.array(exchange([int(value) for value in values]), np.int32)
 
 
 def any_of(stop: Callable[[], int | None]) -> Callable[[], int | None]:
     """Returns `stop` for all processes: a number that one of them gives is every one's."""
-    return lambda: int(numbers(stop() or 0).max()) or None
+    return lambda: int(allgather(stop() or 0).max()) or None
 
 
 def check_same(mine: Mapping[str, Any]) -> None:
@@ -114,7 +114,7 @@ def differences(a: Any, b: Any, name: str = "") -> list[str]:
     return [f"{name}: {shown}" if len(shown) < 160 else f"{name} differs"]
 
 
-def share(tree: Any) -> Any:
+def broadcast_arrays(tree: Any) -> Any:
     """Returns the leader's arrays in every process, as NumPy arrays and typed keys; all must call
     it, with leaves of the same shapes and dtypes."""
     if not several():

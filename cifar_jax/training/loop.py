@@ -174,7 +174,7 @@ class Loop:
         self._log_windows(at, metrics, before)
         signal = self.stop()
         due = time.monotonic() - self.saved_at > 60 * self.run.options.save_minutes
-        due = bool(agreement.numbers(due)[0, 0])
+        due = agreement.broadcast(due)
         if at.step < self.steps and (signal or due):
             self._save(at, block=bool(signal))
             if signal:

@@ -115,7 +115,7 @@ class Runs:
         with clock:
             states = [member.create(initial=member.initial) for member in self.members]
             if self.alone:
-                states = [agreement.share(states[0])]
+                states = [agreement.broadcast_arrays(states[0])]
                 self.say(checks.check_first_forward(self.run, states[0]))
             state = self.put(states)
         # No alias of the state: both are donated.
@@ -145,14 +145,16 @@ class Runs:
             for data, rows, length in input_pipeline.stream(
                 source, mine, step, lengths.streamed(size)
             ):
-                agreement.numbers(length)  # before a program on all devices, an error is told here
+                agreement.allgather(
+                    length
+                )  # before a program on all devices, an error is told here
                 yield Chunk(*placement.put_chunk(data, rows, run.mesh), 0, step, length)
                 step += length
             return
         batch_indices = self.put(orders)
         while step < run.steps_per_epoch:
             length = lengths.next(run.steps_per_epoch - step)
-            length = int(agreement.numbers(length)[0, 0])
+            length = agreement.broadcast(length)
             yield Chunk(self.examples, batch_indices, step, step, length)
             step += length
 

@@ -382,9 +382,9 @@ def test_what_goes_round_comes_back_whatever_its_length(three):
     found, rounds = three(lambda i: distributed.exchange(values[i]))
     assert found == [values] * 3
     assert len(rounds) == 2
-    assert three(lambda i: agreement.from_leader(f"{i}"))[0] == ["0"] * 3
+    assert three(lambda i: agreement.broadcast(f"{i}"))[0] == ["0"] * 3
     assert three(lambda i: agreement.by_leader(lambda: 7 + i))[0] == [7] * 3
-    found, _ = three(lambda i: agreement.numbers(i, i == 2).tolist())
+    found, _ = three(lambda i: agreement.allgather(i, i == 2).tolist())
     assert found == [[[0, 0], [1, 0], [2, 1]]] * 3
     assert three(lambda i: agreement.any_of(lambda: 15 if i == 1 else None)())[0] == [15] * 3
 
@@ -411,8 +411,8 @@ def test_an_error_of_one_is_told_at_the_next_exchange(three, monkeypatch):
 def test_one_process_gives_itself_what_it_asks():
     assert agreement.is_leader()
     assert not agreement.several()
-    assert agreement.from_leader({"a": 1}) == {"a": 1}
-    assert agreement.numbers(3, 4).tolist() == [[3, 4]]
+    assert agreement.broadcast({"a": 1}) == {"a": 1}
+    assert agreement.allgather(3, 4).tolist() == [[3, 4]]
     assert agreement.any_of(lambda: None)() is None
     assert agreement.any_of(lambda: 15)() == 15
 
