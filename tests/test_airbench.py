@@ -48,6 +48,7 @@ def test_parameters_are_the_published_ones():
     assert steps.parameter_count(shapes["params"]) == want == 1_971_640
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize("name", ["airbench95", "airbench96"])
 def test_a_recipe_before_muon_steps_and_returns_to_its_slow_weights(images, name):
     """Five steps, the last of them Lookahead's; the whitening's bias stands after its epochs."""
@@ -280,7 +281,14 @@ def test_tta_equals_the_mean_over_its_views(images, original, tta):
     assert np.abs(got - plain).max() > 1e-4
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if name.startswith("airbench")])
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name == "airbench" else pytest.param(name, marks=pytest.mark.extended)
+        for name in MODELS
+        if name.startswith("airbench")
+    ],
+)
 def test_lowerings_and_bfloat16_agree(images, name):
     model = make_model(name, lowering="lax")
     x = augment.normalize(jnp.asarray(images[:4]), "cifar10")

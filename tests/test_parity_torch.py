@@ -157,8 +157,17 @@ def assert_close(ours, theirs, tolerance):
         assert worst < tolerance, f"{name}: relative difference {worst:.2e}"
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [
+        # Winograd's form of the largest network takes longest to compile.
+        pytest.param(name, form, marks=pytest.mark.extended)
+        if (name, form) == ("deep_cnn", "winograd")
+        else (name, form)
+        for name in NAMES
+        for form in FORMS
+    ],
+)
 def test_logits_loss_and_gradients_in_float64(name, form):
     peer = torch_model_of(name)
     images, labels = images_of(0, BATCH), labels_of(0, BATCH)
@@ -178,7 +187,13 @@ LONG_NAMES = [
 LONG = [form if form == LONG_FORM else pytest.param(form, marks=pytest.mark.slow) for form in FORMS]
 
 
-@pytest.mark.parametrize("kind", OPTIMIZERS)
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(kind, marks=() if kind == "momentum" else pytest.mark.extended)
+        for kind in OPTIMIZERS
+    ],
+)
 @pytest.mark.parametrize("form", LONG)
 @pytest.mark.parametrize("name", LONG_NAMES)
 def test_weights_after_100_steps_in_float64(name, form, kind):

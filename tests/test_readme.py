@@ -33,6 +33,7 @@ def run(block, folder):
     return python(block, folder=folder, flags=("-W", "error"))
 
 
+@pytest.mark.extended
 def test_the_example_of_serving_runs_on_what_export_writes(complete, tmp_path):
     (block,) = SERVING
     export.main([str(complete), str(tmp_path / "model.stablehlo")], say=id)
@@ -91,7 +92,11 @@ def test_the_readme_is_short_and_its_links_lead_somewhere():
             assert target.startswith("https://") or (path.parent / target).exists(), (path, target)
 
 
-@pytest.mark.parametrize("block", OTHERS, ids=[str(i) for i in range(len(OTHERS))])
+@pytest.mark.parametrize(
+    "block",
+    [OTHERS[0], *(pytest.param(block, marks=pytest.mark.extended) for block in OTHERS[1:])],
+    ids=[str(i) for i in range(len(OTHERS))],
+)
 def test_example_runs(block, cifar10, tmp_path):
     """Where CIFAR-10 is prepared: the examples load it by name."""
     said = run(block, ROOT)

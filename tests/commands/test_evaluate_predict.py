@@ -68,6 +68,7 @@ def test_what_it_says(trained, tiny):
     assert json.loads("\n".join(lines)) == again == found
 
 
+@pytest.mark.extended
 def test_other_splits_checkpoints_and_sets(trained, tiny, tmp_path):
     test, _ = evaluated(trained, tiny)
     found, lines = evaluated(trained, tiny, "--split", "train")

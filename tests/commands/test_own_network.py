@@ -99,7 +99,10 @@ def run(command, *arguments):
 PHOTOS = "--dataset folder:photos --image-size 32"
 
 
-@pytest.fixture(scope="module", params=["mynet.py:Net", "nnxnet.py:Net"])
+@pytest.fixture(
+    scope="module",
+    params=["mynet.py:Net", pytest.param("nnxnet.py:Net", marks=pytest.mark.extended)],
+)
 def trained(place, request):
     name = request.param.partition(".")[0]
     options = f"{QUICK} {PHOTOS} --model {request.param} --model-option width=3"

@@ -306,6 +306,7 @@ def test_the_streamed_feed_gives_the_same_run(rich, tiny, tmp_path, monkeypatch)
     assert_same_run(tmp_path / "run", rich)
 
 
+@pytest.mark.extended
 def test_a_data_set_too_large_for_a_device_gives_the_same_run(tiny, tmp_path, monkeypatch):
     arguments = [*QUICK, "--devices", "2"]
     whole, _ = run(tiny, tmp_path / "whole", *arguments)

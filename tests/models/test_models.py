@@ -52,12 +52,11 @@ SEEDS = 40
 def initial(name):
     """Parameters of SEEDS seeds, stacked."""
     model = MODELS[name](lowering="lax")
-    keys = jax.random.split(jax.random.key(0), SEEDS)
     image = jnp.zeros((1, 32, 32, 3))
-    draw = compile_for_one_call(jax.vmap(lambda key: model.init(key, image)), SEEDS * TOTALS[name])
-    variables = draw(keys)
-    assert set(variables) == {"params"}
-    return jax.tree.map(np.asarray, variables["params"])
+    draw = compile_for_one_call(lambda key: model.init(key, image), TOTALS[name])
+    drawn = [draw(key) for key in jax.random.split(jax.random.key(0), SEEDS)]
+    assert set(drawn[0]) == {"params"}
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *(each["params"] for each in drawn))
 
 
 @pytest.mark.parametrize("name", KERNELS)

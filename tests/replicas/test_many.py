@@ -160,6 +160,7 @@ class Killed(Exception):
     pass
 
 
+@pytest.mark.extended
 def test_killed_or_stopped_it_goes_on_to_the_same_bits(group, tiny, tmp_path, monkeypatch):
     """In the middle of an epoch; and in groups: here as many runs as a small memory holds."""
     monkeypatch.setattr(scheduler, "available_bytes", lambda processes: 0)
