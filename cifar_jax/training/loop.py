@@ -132,7 +132,7 @@ class Loop:
         if missing:
             who = "run goes" if self.runs.alone else "runs go"
             say(f"warning: {self.log.path} lost {missing} bytes of earlier rows; the {who} on")
-        self.run.clock.load(extra["seconds"])
+        self.run.clock.load(extra)
         # A run alone has its best epoch in its log.
         best_rows = extra.get("best_rows") or [console.best_epoch(rows) for rows in self.rows()]
         diverged = {int(i): step for i, step in extra.get("diverged", {}).items()}
@@ -257,7 +257,7 @@ class Loop:
                 "epoch": at.epoch,
                 "step": at.step,
                 "metrics_offset": self.log.offset(),
-                "seconds": self.run.clock.seconds(),
+                **self.run.clock.saved(),
             }
             if self.runs.alone:
                 self._look_at_weights(at, step)

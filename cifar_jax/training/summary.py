@@ -14,6 +14,7 @@ from cifar_jax.parallel import hardware
 from cifar_jax.reporting import confusion, console, metrics_log, page, plots, predictions
 from cifar_jax.reporting.plots import attempt
 from cifar_jax.reporting.predictions import Predictions
+from cifar_jax.reporting.run_files import command
 from cifar_jax.runtime.environment import environment
 from cifar_jax.runtime.files import write_json
 from cifar_jax.runtime.timing import peak_memory
@@ -75,7 +76,10 @@ def summarize(run: Run, trained: dict, found: dict) -> dict:
         **trained,
         **found,
         "images_per_second": trained_images / training if training else None,
+        "command": command(run.config.to_dict()),
+        "started": run.clock.started,
         "seconds": seconds,
+        "total_seconds": round(sum(seconds.values()), 4),
         "seconds_to_first_step": run.clock.first_step,
         "peak_memory_bytes": peak_memory(),
         **environment(),

@@ -1,13 +1,18 @@
 """Settings from a file, and the one command for all."""
 
+import datetime
 import functools
 import json
+import shlex
 
 import pytest
-from tiny_data import python, rows_of, tiny, words
+from tiny_data import python, rows_of, summary_of, tiny, words
 
 from cifar_jax import __main__ as command
+from cifar_jax import _cli as cli
 from cifar_jax import evaluate, train
+from cifar_jax.recipes import RECIPES
+from cifar_jax.reporting.run_files import command as command_of
 from cifar_jax.runtime.errors import run_command
 
 __all__ = ["tiny"]
@@ -35,6 +40,43 @@ def test_a_run_again_from_its_own_config(tiny, tmp_path):
     assert same == lines
     run("--config", tmp_path / "mine.toml", "--epochs", 1, *data, "--workdir", printed)
     assert rows_of(printed) == rows_of(first)
+
+
+def test_a_run_again_from_the_command_in_its_summary(tiny, tmp_path):
+    first, again = tmp_path / "first", tmp_path / "again"
+    data = ["--data-dir", tiny, "--no-plots", *words("--conv lax --devices 1")]
+    options = words(
+        "--recipe adam --batch-size 60 --epochs 1 --no-select-best --augment cutout,flip"
+    )
+    began = datetime.datetime.now().astimezone()
+    summary, _ = run(*options, *words("--seed 7 --freeze conv1,fc2"), *data, "--workdir", first)
+    python_, _, module, *arguments = shlex.split(summary["command"])
+    assert (python_, module) == ("python", "cifar_jax.train")
+    run(*arguments, *data, "--workdir", again)
+    assert summary_of(again) == summary_of(first)
+    started = datetime.datetime.fromisoformat(summary["started"])
+    assert abs((started - began).total_seconds()) < 60
+    assert summary["total_seconds"] == pytest.approx(sum(summary["seconds"].values()))
+
+
+def test_a_command_names_all_that_makes_a_run():
+    recipe = RECIPES["dropout"].replace(
+        model="my net.py:Net", model_option=("a=1,2", "b=x"), augment=(), select_best=False
+    )
+    data = {"image_shape": [48, 48, 3], "test_fraction": 0.2}
+    config = {"recipe_name": "dropout", "recipe": recipe.to_dict(), "seed": 1, "seeds": [1, 2, 3]}
+    config |= {"dataset": data, "init_from": {"source": "old run"}}
+    said = shlex.split(command_of(config))[3:]
+    options = train.make_parser().parse(said)
+    assert options.model_option == ["a=1,2", "b=x"]
+    assert (options.model, options.select_best) == ("my net.py:Net", False)
+    assert (options.seeds, options.init_from, options.image_size) == ((1, 2, 3), "old run", 48)
+    assert options.test_fraction == 0.2
+    # A Recipe of somebody's own, from Python.
+    nameless = shlex.split(command_of({**config, "recipe_name": "recipe"}))[3:]
+    options = train.make_parser().parse(nameless)
+    given = {k: v for k, v in cli.given_settings(options).items() if k != "model"}
+    assert RECIPES[options.recipe].replace(**given) == recipe.replace(model="tutorial_cnn")
 
 
 def test_the_command_line_wins_over_the_file(tmp_path):
