@@ -129,6 +129,12 @@ class Recipe:
     select_best: bool = setting(
         False, "test the weights of the lowest validation loss, not the last ones"
     )
+    patience: int = setting(
+        0,
+        "epochs without a new lowest validation loss after which a run ends; 0 is off",
+        low=0,
+        high=100_000,
+    )
     log_every: int = setting(
         0, "steps between two printed mean losses; 0 is once an epoch", low=0, high=1_000_000_000
     )
@@ -294,6 +300,8 @@ def check(recipe: Recipe) -> None:
         raise UserError("--nesterov needs --optimizer sgd or muon and a --momentum above 0")
     if recipe.select_best and recipe.validation_fraction == 0:
         raise UserError("--select-best needs validation images: set --validation-fraction")
+    if recipe.patience and recipe.validation_fraction == 0:
+        raise UserError("--patience needs validation images: set --validation-fraction")
     for name, found in (
         ("rate_scale", recipe.rate_scales),
         ("decay_scale", recipe.decay_scales),

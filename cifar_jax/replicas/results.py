@@ -81,7 +81,9 @@ def finish(run: Run, groups: Groups, done: Sequence[Mapping], say: Print) -> dic
         )
     processes = groups.plan.process.count
     found = statistics.of_directories(folders, run.dataset.splits["test"].labels)
-    images = run.config.recipe.epochs * run.config.images_per_epoch * len(members)
+    epochs = sum(one["epochs"] for one in found["runs"])
+    epochs += len(diverged) * run.config.recipe.epochs
+    images = epochs * run.config.images_per_epoch
     training = seconds.get("training")
     summary = metrics_log.to_json(
         {
@@ -202,7 +204,7 @@ def write_members(trained: TrainedGroup, workdir: Path) -> dict[int, int]:
             best = at.best_rows[i]
             saves = {best["epoch"]: "best"} if best else {}
             if i not in at.diverged:
-                saves.setdefault(member.config.recipe.epochs, "last")
+                saves.setdefault(loop.last_epoch(member.config.recipe, best), "last")
             with run.clock("saving"):
                 ends = _write_rows(trained.rows[i], log)
                 with Checkpoints(folder / "checkpoints") as checkpoints:

@@ -59,7 +59,7 @@ def held_out(run: Run, state: steps.TrainState) -> Predictions | None:
 def summarize(run: Run, trained: dict, found: dict) -> dict:
     """Returns the contents of `summary.json`."""
     recipe, seconds = run.config.recipe, run.clock.seconds()
-    trained_images = recipe.epochs * run.config.images_per_epoch
+    trained_images = trained["epochs"] * run.config.images_per_epoch
     training = seconds.get("training", 0.0)
     dataset = dict(run.config.dataset) | {"source": run.dataset.source}
     return {
