@@ -27,8 +27,15 @@ DEFAULT_SEED = 42
 NAME_LENGTH = 120  # of a run directory that nobody named; file systems allow 255 bytes
 
 
+# What `--help` lists.
+FIRST = (
+    *("--recipe", "--model", "--dataset", "--epochs", "--batch-size", "--optimizer"),
+    *("--learning-rate", "--seed", "--seeds", "--workdir"),
+)
+
+
 def make_parser() -> cli.Parser:
-    parser = cli.Parser(prog="python -m cifar_jax.train", description=__doc__)
+    parser = cli.Parser(prog="python -m cifar_jax.train", description=__doc__, first=FIRST)
     parser.add_argument(
         "--seed",
         type=cli.seed,

@@ -13,7 +13,7 @@ from cifar_jax import _cli as cli
 from cifar_jax import evaluate, train
 from cifar_jax.recipes import RECIPES
 from cifar_jax.reporting.run_files import command as command_of
-from cifar_jax.runtime.errors import run_command
+from cifar_jax.runtime.errors import UserError, run_command
 
 __all__ = ["tiny"]
 
@@ -77,6 +77,33 @@ def test_a_command_names_all_that_makes_a_run():
     options = train.make_parser().parse(nameless)
     given = {k: v for k, v in cli.given_settings(options).items() if k != "model"}
     assert RECIPES[options.recipe].replace(**given) == recipe.replace(model="tutorial_cnn")
+
+
+def help_of(capsys, *arguments):
+    with pytest.raises(SystemExit) as stop:
+        train.main(list(arguments))
+    assert not stop.value.code
+    return " ".join(capsys.readouterr().out.split())
+
+
+def test_help_lists_what_most_runs_need_with_the_recipes_values(capsys):
+    short = help_of(capsys, "--help")
+    listed = [word for word in short.split() if word.startswith("--") and word[2:3].isalpha()]
+    assert [word for word in train.FIRST if word not in listed] == []
+    assert len(train.FIRST) == 10
+    assert "--conv" not in short
+    assert "{adam,adamw,muon,sgd}" in short
+    assert "(default: 0.01)" in short, "the rate of dropout, which is trained without a name"
+    assert "(default: 0.003)" in help_of(
+        capsys, "--learning-rate", "0.003", "-h", "--recipe", "adam"
+    )
+    assert "(default: 200)" in help_of(capsys, "--help", "--model", "resnet18")
+    whole = help_of(capsys, "--help-all", "--recipe", "vgg16_bn")
+    for option in cli._option_names(train.make_parser()):
+        assert option in whole
+    assert "in order: alternating_flip, cutout, flip, translate (default: flip,translate)" in whole
+    with pytest.raises(UserError, match="did you mean 'adam'"):
+        train.main(["--help", "--recipe", "adm"])
 
 
 def test_the_command_line_wins_over_the_file(tmp_path):
