@@ -17,7 +17,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "export": ("cifar_jax.export", "write a run's model as StableHLO or ONNX"),
     "report": ("cifar_jax.report", "write the page of a run, or of several side by side"),
     "compare": ("cifar_jax.compare", "tell variants or finished runs apart, with error bars"),
-    "sweep": ("experiments.sweep", "train every combination of settings, over several seeds"),
+    "sweep": ("cifar_jax.sweep", "train every combination of settings, over several seeds"),
     "datasets": ("cifar_jax.datasets.__main__", "prepare or list data sets"),
 }
 # These move weights only, and stay off an accelerator that may be training.
@@ -34,15 +34,7 @@ def usage() -> str:
 
 def find(name: str) -> Callable:
     """Returns the `main` of a command. Raises `UserError` for an unknown one."""
-    module = lookup(COMMANDS, name, "command")[0]
-    try:
-        return importlib.import_module(module).main
-    except ModuleNotFoundError as error:
-        if error.name is None or not module.startswith(error.name):
-            raise
-        raise UserError(
-            f"{name} is part of the repository, not of the package: run it in a clone of that"
-        ) from None
+    return importlib.import_module(lookup(COMMANDS, name, "command")[0]).main
 
 
 def main() -> None:

@@ -14,6 +14,7 @@ from cifar_jax import evaluate, train
 from cifar_jax.recipes import RECIPES
 from cifar_jax.reporting.run_files import command as command_of
 from cifar_jax.runtime.errors import UserError, run_command
+from experiments import sweep as former_sweep
 
 __all__ = ["tiny"]
 
@@ -155,6 +156,7 @@ def test_one_command_for_all(capsys, monkeypatch):
     assert all(f"  {name} " in said for name in command.COMMANDS)
     assert all(callable(command.find(name)) for name in command.COMMANDS)
     assert command.find("evaluate") is evaluate.main
+    assert command.find("sweep") is former_sweep.main
     monkeypatch.setattr("sys.argv", ["cifar-jax", "evaluate", "/nowhere"])
     assert command.run() == 2
     assert "/nowhere" in capsys.readouterr().err
