@@ -35,7 +35,9 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, *, first: Sequence[str] = (), **settings):
         settings.setdefault("formatter_class", _Formatter)
-        super().__init__(allow_abbrev=False, add_help=not first, **settings)
+        if first:
+            settings["add_help"] = False
+        super().__init__(allow_abbrev=False, **settings)
         self.first = first
         if first:
             flags = {"action": "store_true", "default": argparse.SUPPRESS}
@@ -299,8 +301,8 @@ def check_replica_options(options: argparse.Namespace) -> None:
         raise UserError("--seed is one run and --seeds are many; give one of them")
     if options.feed != "resident":
         raise UserError("--seeds needs the data set on the device: leave --feed stream away")
-    if options.tensorboard:
-        raise UserError("--tensorboard writes one run's events; leave it away with --seeds")
+    if options.tensorboard or options.log:
+        raise UserError("--log and --tensorboard are about one run; leave them away with --seeds")
 
 
 def add_host_options(parser: Parser) -> None:

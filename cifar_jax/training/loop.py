@@ -6,9 +6,7 @@ lengths, saves between epochs, interruptions) decides when the host looks, never
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import functools
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,7 +17,7 @@ from cifar_jax import optimizers, steps
 from cifar_jax.checkpoints.save_restore import Checkpoints
 from cifar_jax.parallel import agreement, programs
 from cifar_jax.reporting import console
-from cifar_jax.reporting.metrics_log import MetricsLog, TensorBoardLog, read_metrics
+from cifar_jax.reporting.metrics_log import MetricsLog, read_metrics
 from cifar_jax.runtime.errors import UserError
 from cifar_jax.runtime.progress import Progress
 from cifar_jax.runtime.timing import seconds_since_start
@@ -328,13 +326,13 @@ def train(
             if resume and not loop.checkpoints.committed():
                 printer("No checkpoint was saved before: starting from the first step")
             at = loop.begin(resume)
-            with _tensorboard(run, workdir, at, printer) as runs.events:
-                try:
-                    at = loop.train(at)
-                except Interrupted as interrupted:
-                    if not keep:
-                        raise
-                    at = interrupted.at
+            runs.events = run.log
+            try:
+                at = loop.train(at)
+            except Interrupted as interrupted:
+                if not keep:
+                    raise
+                at = interrupted.at
             state, (best,) = at.arrays.state, at.best_rows
             found = trained(run, best)
             if at.epoch <= found["epochs"]:
@@ -382,28 +380,3 @@ def _stopped(run: Run, at: Position, best: dict | None) -> dict:
         "steps": done * run.steps_per_epoch + at.step,
         "stopped": True,
     }
-
-
-@contextlib.contextmanager
-def _tensorboard(run: Run, workdir: Path, at: Position, say: Print) -> Iterator[Callable]:
-    """Yields a function that writes a row as TensorBoard events where they are asked for. Of what
-    cannot be written it warns once: no result needs it."""
-    if not run.options.tensorboard:
-        yield lambda row: None
-        return
-    step = (at.epoch - 1) * run.steps_per_epoch + at.step
-    log, told = TensorBoardLog(workdir / "tensorboard", resumed_at=step or None), False
-
-    def attempt(action: Callable, *arguments) -> None:
-        nonlocal told
-        try:
-            action(*arguments)
-        except UserError as error:
-            if not told:
-                say(f"warning: {error}; the run goes on without")
-            told = True
-
-    try:
-        yield functools.partial(attempt, log.append)
-    finally:
-        attempt(log.close)

@@ -35,7 +35,7 @@ class Options:
       devices: local devices that share a batch (`hardware.choose_devices`); likewise.
       save_minutes: minutes between two saves within an epoch.
       plots: whether to draw the pictures at the end.
-      tensorboard: whether to write TensorBoard events too.
+      log: where the rows of a run go too (`reporting/loggers.py`).
       report: whether to write `report.html` at the end.
       csv: whether to write `predictions.csv` too.
     """
@@ -45,7 +45,7 @@ class Options:
     devices: str = "1"
     save_minutes: float = 5.0
     plots: bool = True
-    tensorboard: bool = False
+    log: tuple[str, ...] = ()
     report: bool = True
     csv: bool = False
 
@@ -75,6 +75,7 @@ class Run:
     evaluate: Callable
     predict: Callable
     initial: dict | None = None
+    log: Callable[[dict], None] = lambda row: None
 
     @property
     def parameters(self) -> int:

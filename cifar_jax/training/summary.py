@@ -171,7 +171,8 @@ def finish(run: Run, workdir: Path, state: steps.TrainState, trained: dict, say:
     say(f"Testing the weights of the {which} epoch ({trained['tested_epoch']})")
     found, probabilities = test(run, state, "test")
     with metrics_log.MetricsLog(workdir / "metrics.jsonl") as log:
-        log.append("test", **found)
+        row = log.append("test", **found)
+    run.log(row | {"step": trained["steps"]})
     labels, names = run.dataset.splits["test"].labels, run.dataset.class_names
     said, validation = predictions.of_split(probabilities, labels), held_out(run, state)
     predictions.write(workdir, said, validation)
