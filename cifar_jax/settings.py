@@ -61,12 +61,19 @@ class Recipe:
     )
     augment: tuple[str, ...] = setting(
         (),
-        "transforms of training images, in order: alternating_flip, cutout, flip, translate",
+        "transforms of training images, in order: alternating_flip, cutout, flip, translate; after "
+        "these, of the batch: mixup, cutmix",
     )
     translate_pixels: int = setting(
         4, "largest shift of translate, each way, in pixels", low=1, high=1024
     )
     cutout_size: int = setting(8, "side of the square of cutout, in pixels", low=1, high=4096)
+    mixup_alpha: float = setting(
+        1.0, "of mixup: an image's share is drawn from Beta(alpha, alpha)", low=0.01, high=100
+    )
+    cutmix_alpha: float = setting(
+        1.0, "of cutmix: likewise, the share of the area", low=0.01, high=100
+    )
     validation_fraction: float = setting(
         0.0, "share of the training images held out at random", low=0, high=0.95
     )

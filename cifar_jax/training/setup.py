@@ -225,13 +225,19 @@ def preprocess_of(recipe: Recipe, steps_per_epoch: int = 1) -> Callable[..., jax
     augment."""
     return steps.make_preprocess(
         recipe.normalize,
-        recipe.augment,
+        tuple(name for name in recipe.augment if name not in augment.MIXES),
         recipe.precision,
         recipe.resize,
         steps_per_epoch,
         translate_pixels=recipe.translate_pixels,
         cutout_size=recipe.cutout_size,
     )
+
+
+def mix_of(recipe: Recipe) -> Callable | None:
+    """Returns the recipe's `mix` (`augment.mixer`)."""
+    alphas = {"mixup_alpha": recipe.mixup_alpha, "cutmix_alpha": recipe.cutmix_alpha}
+    return augment.mixer(recipe.augment, **alphas)
 
 
 def state_maker(
@@ -266,6 +272,7 @@ def step_of(
         model=model,
         optimizer=optimizers.make_optimizer(recipe, steps_per_epoch, given),
         preprocess=preprocess_of(recipe, steps_per_epoch),
+        mix=mix_of(recipe),
         loss_reduction=recipe.loss_reduction,
         label_smoothing=given.get("label_smoothing", recipe.label_smoothing),
         ema_decay=given.get("ema_decay", recipe.ema_decay),

@@ -212,7 +212,10 @@ def first_batch(run: Run, key: jax.Array) -> tuple[np.ndarray, np.ndarray]:
     shown = order[order >= 0][: plots.GRID_IMAGES]
     preprocess = jax.jit(setup.preprocess_of(recipe))
     of_run = (key, np.int32(0), shown)
-    images = preprocess(train.images[shown], steps.step_keys(key, 0)[1], of_run=of_run)
+    draws = steps.step_keys(key, 0)[1]
+    images = preprocess(train.images[shown], draws, of_run=of_run)
+    if mix := setup.mix_of(recipe):
+        images = jax.jit(mix)(images, draws, 0, np.ones(len(shown), np.float32)).images
     return np.asarray(images, np.float32), train.labels[shown]
 
 

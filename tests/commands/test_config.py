@@ -102,7 +102,7 @@ def test_help_lists_what_most_runs_need_with_the_recipes_values(capsys):
     whole = help_of(capsys, "--help-all", "--recipe", "vgg16_bn")
     for option in cli._option_names(train.make_parser()):
         assert option in whole
-    assert "in order: alternating_flip, cutout, flip, translate (default: flip,translate)" in whole
+    assert "of the batch: mixup, cutmix (default: flip,translate)" in whole
     with pytest.raises(UserError, match="did you mean 'adam'"):
         train.main(["--help", "--recipe", "adm"])
 
