@@ -207,10 +207,15 @@ class Mixed(NamedTuple):
     share: jax.Array
 
 
+def _beta(key: jax.Array, alpha: float) -> jax.Array:
+    """Returns a draw from Beta(alpha, alpha); that of alpha 1 is uniform and quick to compile."""
+    return jax.random.uniform(key) if alpha == 1 else jax.random.beta(key, alpha, alpha)
+
+
 def mixup(image: jax.Array, other: jax.Array, key: jax.Array, alpha: float):
     """Returns share * image + (1 - share) * other of two images [H, W, C], and the share, drawn
     from Beta(alpha, alpha) (Zhang et al., arXiv:1710.09412)."""
-    share = jax.random.beta(key, alpha, alpha)
+    share = _beta(key, alpha)
     weight = share.astype(image.dtype)
     return weight * image + (1 - weight) * other, share
 
@@ -220,7 +225,7 @@ def cutmix(image: jax.Array, other: jax.Array, key: jax.Array, alpha: float):
     own (Yun et al., arXiv:1905.04899): the rectangle has the sides' shape and, of the area,
     1 - Beta(alpha, alpha), less what hangs over the edge; its centre is a random pixel."""
     key_share, key_row, key_column = jax.random.split(key, 3)
-    side = jnp.sqrt(1 - jax.random.beta(key_share, alpha, alpha))
+    side = jnp.sqrt(1 - _beta(key_share, alpha))
     hits = []
     for length, place in zip(image.shape[:2], (key_row, key_column), strict=True):
         half = (side * length).astype(jnp.int32) // 2

@@ -35,7 +35,7 @@ def mixed_up(image, other, key):
 
 def cut_mixed(image, other, key):
     key_share, key_row, key_column = jax.random.split(key, 3)
-    share = float(jax.random.beta(key_share, 1.0, 1.0))
+    share = float(jax.random.uniform(key_share))  # which is Beta(1, 1)
     result, (height, width, _) = image.copy(), image.shape
     row = int(jax.random.randint(key_row, (), 0, height))
     column = int(jax.random.randint(key_column, (), 0, width))
