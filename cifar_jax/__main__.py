@@ -28,8 +28,29 @@ def usage() -> str:
     width = max(map(len, COMMANDS))
     lines = [f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items()]
     return "\n".join(
-        ["usage: cifar-jax COMMAND ...", "", *lines, "", "cifar-jax COMMAND --help says more"]
+        [
+            *("usage: cifar-jax COMMAND ...", "", *lines, ""),
+            "cifar-jax COMMAND --help says more;",
+            "cifar-jax --print-completion bash (zsh, tcsh) prints what lets a shell complete it",
+        ]
     )
+
+
+def completion(shell: str) -> str:
+    """Returns the script that completes commands and options in a shell. Raises `UserError`."""
+    try:
+        import shtab
+    except ImportError:
+        raise UserError("completion needs shtab: pip install 'cifar_jax[completion]'") from None
+    from cifar_jax import _cli as cli
+
+    lookup(dict.fromkeys(shtab.SUPPORTED_SHELLS), shell, "shell")
+    whole = cli.Parser(prog="cifar-jax")
+    commands = whole.add_subparsers()
+    for name, (module, text) in COMMANDS.items():
+        parser = importlib.import_module(module).make_parser()
+        commands.add_parser(name, help=text, parents=[parser], add_help=False)
+    return shtab.complete(whole, shell=shell)
 
 
 def find(name: str) -> Callable:
@@ -43,6 +64,9 @@ def main() -> None:
         print(usage())
         if len(sys.argv) < 2:
             raise UserError("no command is given")
+        return
+    if sys.argv[1] == "--print-completion":
+        print(completion("".join(sys.argv[2:3]) or "bash"))
         return
     name = sys.argv[1]
     command = find(name)

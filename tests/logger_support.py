@@ -1,4 +1,4 @@
-"""Stand-ins for the packages of loggers."""
+"""Stand-ins for packages that are optional."""
 
 import importlib.machinery
 import sys

@@ -4,8 +4,10 @@ import datetime
 import functools
 import json
 import shlex
+import sys
 
 import pytest
+from logger_support import stand_in
 from tiny_data import python, rows_of, summary_of, tiny, words
 
 from cifar_jax import __main__ as command
@@ -160,6 +162,36 @@ def test_one_command_for_all(capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["cifar-jax", "evaluate", "/nowhere"])
     assert command.run() == 2
     assert "/nowhere" in capsys.readouterr().err
+
+
+def test_a_shell_completes_every_command_and_option(capsys, monkeypatch):
+    asked = []
+
+    def complete(parser, shell):
+        asked.append((parser, shell))
+        return "the script"
+
+    stand_in(monkeypatch, "shtab", complete=complete, SUPPORTED_SHELLS=["bash", "zsh"])
+    monkeypatch.setattr("sys.argv", ["cifar-jax", "--print-completion", "zsh"])
+    assert command.run() == 0
+    assert capsys.readouterr().out == "the script\n"
+    ((parser, shell),) = asked
+    assert shell == "zsh"
+    (commands,) = (action.choices for action in parser._actions if action.choices)
+    assert commands.keys() == command.COMMANDS.keys()
+    options = {name for action in commands["train"]._actions for name in action.option_strings}
+    assert {"-h", "--help-all", "--learning-rate", "--no-nesterov"} <= options
+    assert {"prepare", "list"} <= set(cli_choices(commands["datasets"]))
+    monkeypatch.setattr("sys.argv", ["cifar-jax", "--print-completion", "fish"])
+    assert command.run() == 2
+    assert "unknown shell 'fish'" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    assert command.run() == 2
+    assert "pip install 'cifar_jax[completion]'" in capsys.readouterr().err
+
+
+def cli_choices(parser):
+    return next(action.choices for action in parser._actions if action.choices)
 
 
 def test_it_is_a_module_too():
