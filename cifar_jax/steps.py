@@ -287,17 +287,7 @@ def _on_device(params, model: nn.Module, batch: Batch, axis_name: str | None):
 
 
 def _gradients(
-    trained,
-    frozen,
-    keys,
-    batch,
-    carried,
-    first_example,
-    *,
-    model,
-    preprocess,
-    mix,
-    label_smoothing,
+    trained, frozen, keys, batch, carried, first_example, *, model, preprocess, mix, label_smoothing
 ):
     """Returns ((gradients by `trained`, metrics), collections), sums over one part of a batch."""
     dropout_key, preprocess_key, foreign_key = keys
