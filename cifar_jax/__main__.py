@@ -17,7 +17,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "export": ("cifar_jax.export", "write a run's model as StableHLO or ONNX"),
     "report": ("cifar_jax.report", "write the page of a run, or of several side by side"),
     "compare": ("cifar_jax.compare", "tell variants or finished runs apart, with error bars"),
-    "sweep": ("experiments.sweep", "train every combination of settings, over several seeds"),
+    "sweep": ("cifar_jax.sweep", "train every combination of settings, over several seeds"),
     "datasets": ("cifar_jax.datasets.__main__", "prepare or list data sets"),
 }
 # These move weights only, and stay off an accelerator that may be training.
@@ -28,21 +28,34 @@ def usage() -> str:
     width = max(map(len, COMMANDS))
     lines = [f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items()]
     return "\n".join(
-        ["usage: cifar-jax COMMAND ...", "", *lines, "", "cifar-jax COMMAND --help says more"]
+        [
+            *("usage: cifar-jax COMMAND ...", "", *lines, ""),
+            "cifar-jax COMMAND --help says more;",
+            "cifar-jax --print-completion bash (zsh, tcsh) prints what lets a shell complete it",
+        ]
     )
+
+
+def completion(shell: str) -> str:
+    """Returns the script that completes commands and options in a shell. Raises `UserError`."""
+    try:
+        import shtab
+    except ImportError:
+        raise UserError("completion needs shtab: pip install 'cifar_jax[completion]'") from None
+    from cifar_jax import _cli as cli
+
+    lookup(dict.fromkeys(shtab.SUPPORTED_SHELLS), shell, "shell")
+    whole = cli.Parser(prog="cifar-jax")
+    commands = whole.add_subparsers()
+    for name, (module, text) in COMMANDS.items():
+        parser = importlib.import_module(module).make_parser()
+        commands.add_parser(name, help=text, parents=[parser], add_help=False)
+    return shtab.complete(whole, shell=shell)
 
 
 def find(name: str) -> Callable:
     """Returns the `main` of a command. Raises `UserError` for an unknown one."""
-    module = lookup(COMMANDS, name, "command")[0]
-    try:
-        return importlib.import_module(module).main
-    except ModuleNotFoundError as error:
-        if error.name is None or not module.startswith(error.name):
-            raise
-        raise UserError(
-            f"{name} is part of the repository, not of the package: run it in a clone of that"
-        ) from None
+    return importlib.import_module(lookup(COMMANDS, name, "command")[0]).main
 
 
 def main() -> None:
@@ -51,6 +64,9 @@ def main() -> None:
         print(usage())
         if len(sys.argv) < 2:
             raise UserError("no command is given")
+        return
+    if sys.argv[1] == "--print-completion":
+        print(completion("".join(sys.argv[2:3]) or "bash"))
         return
     name = sys.argv[1]
     command = find(name)

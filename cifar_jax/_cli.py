@@ -27,11 +27,22 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are `UserError`s that name the nearest option."""
+    """An ArgumentParser whose errors are `UserError`s that name the nearest option.
 
-    def __init__(self, **settings):
+    Args:
+      first: the options that `--help` lists, `--help-all` then lists all; () lists all at once.
+    """
+
+    def __init__(self, *, first: Sequence[str] = (), **settings):
         settings.setdefault("formatter_class", _Formatter)
+        if first:
+            settings["add_help"] = False
         super().__init__(allow_abbrev=False, **settings)
+        self.first = first
+        if first:
+            flags = {"action": "store_true", "default": argparse.SUPPRESS}
+            self.add_argument("-h", "--help", help="the options that most runs need", **flags)
+            self.add_argument("--help-all", help="all options", **flags)
 
     def error(self, message: str) -> typing.NoReturn:
         raise UserError(f"{message} (see {self.prog} --help)")
@@ -39,6 +50,10 @@ class Parser(argparse.ArgumentParser):
     def parse(self, arguments: Sequence[str] | None = None) -> argparse.Namespace:
         """Parses `arguments`, sys.argv by default. Raises `UserError`."""
         known, unknown = self.parse_known_args(arguments)
+        if hasattr(known, "help") or hasattr(known, "help_all"):
+            self._show_recipe(known)
+            print(self.format_help() if hasattr(known, "help_all") else self._short_help())
+            raise SystemExit(0)
         if unknown:
             options = {name for name in _option_names(self) if name.startswith("--")}
             wrong = unknown[0].split("=")[0]
@@ -46,6 +61,26 @@ class Parser(argparse.ArgumentParser):
                 raise UserError(f"unexpected argument {wrong!r} (see {self.prog} --help)")
             raise UserError(f"unknown option {wrong}; {nearest(_meant(wrong, options), options)}")
         return known
+
+    def _show_recipe(self, options: argparse.Namespace) -> None:
+        """Makes the values of the recipe that the options name the defaults that help shows."""
+        values = recipe_from(options)[1].to_dict()
+        for action in self._actions:
+            if action.dest in values:
+                value = values[action.dest]
+                action.default = ",".join(value) or "none" if isinstance(value, list) else value
+
+    def _short_help(self) -> str:
+        formatter = self._get_formatter()
+        formatter.add_usage("%(prog)s [options]", (), ())
+        formatter.add_text(self.description)
+        shown = {name: action for action in self._actions for name in action.option_strings}
+        formatter.start_section("options")
+        formatter.add_arguments([shown[name] for name in self.first])
+        formatter.end_section()
+        rest = len({id(action) for action in self._actions}) - len(self.first)
+        formatter.add_text(f"{rest} more: --help-all. The defaults are the recipe's values.")
+        return formatter.format_help()
 
 
 def _meant(wrong: str, options: Iterable[str]) -> str:
@@ -131,7 +166,7 @@ def path(text: str) -> str:
 def add_recipe_options(parser: Parser) -> None:
     """Adds `--recipe`, `--model` and an option for every other field of a recipe."""
     group = parser.add_argument_group("recipe", "the default of each option is the recipe's value")
-    group.add_argument("--recipe", help=f"published run: {', '.join(RECIPES)}")
+    group.add_argument("--recipe", metavar=_choices(RECIPES), help="published run to start from")
     types = typing.get_type_hints(Recipe)
     for field in dataclasses.fields(Recipe):
         option = option_of(field.name)
@@ -144,10 +179,16 @@ def add_recipe_options(parser: Parser) -> None:
         if types[field.name] is bool:
             group.add_argument(option, action=argparse.BooleanOptionalAction, **shown)
         elif types[field.name] in (int, float, str):
-            kind = types[field.name]
-            group.add_argument(option, type=kind, metavar=kind.__name__.upper(), **shown)
+            kind, choices = types[field.name], field.metadata["choices"]
+            choices = (*MODELS, "FILE:NAME") if field.name == "model" else choices
+            metavar = _choices(choices) if choices else kind.__name__.upper()
+            group.add_argument(option, type=kind, metavar=metavar, **shown)
         else:
             group.add_argument(option, type=parse_names, metavar="NAMES", **shown)
+
+
+def _choices(names: Iterable[str]) -> str:
+    return f"{{{','.join(names)}}}"
 
 
 def given_settings(options: argparse.Namespace) -> dict:
@@ -260,8 +301,8 @@ def check_replica_options(options: argparse.Namespace) -> None:
         raise UserError("--seed is one run and --seeds are many; give one of them")
     if options.feed != "resident":
         raise UserError("--seeds needs the data set on the device: leave --feed stream away")
-    if options.tensorboard:
-        raise UserError("--tensorboard writes one run's events; leave it away with --seeds")
+    if options.tensorboard or options.log:
+        raise UserError("--log and --tensorboard are about one run; leave them away with --seeds")
 
 
 def add_host_options(parser: Parser) -> None:

@@ -7,6 +7,7 @@ All are pure and jittable, [N, H, W, C] in and out. Augmentations draw from one 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -138,7 +139,7 @@ BY_RUN = {"alternating_flip": alternating_flip}
 def check(names: tuple[str, ...]) -> None:
     """Raises `UserError` for a name that is of no augmentation."""
     for name in names:
-        lookup(AUGMENTATIONS | BY_RUN, name, "augmentation")
+        lookup(AUGMENTATIONS | BY_RUN | MIXES, name, "augmentation")
 
 
 def augment(
@@ -163,6 +164,9 @@ def augment(
       UserError: unknown augmentation, images too small for it, or one of `BY_RUN` without `of_run`.
     """
     check(names)
+    for name in names:
+        if name in MIXES:
+            raise UserError(f"{name} mixes images of a batch and their labels: see `augment.mixer`")
     side = min(images.shape[1:3])
     if "translate" in names and translate_pixels >= side:
         raise UserError(
@@ -183,6 +187,97 @@ def augment(
         keys = jax.vmap(lambda i, base=salted: jax.random.fold_in(base, i))(positions)
         images = jax.vmap(function)(images, keys)
     return images
+
+
+# Mixing the images of a batch, and with them their labels.
+
+
+class Mixed(NamedTuple):
+    """Images that are made of two each.
+
+    Attributes:
+      images: [N, H, W, C].
+      partner: int32 [N], the place in the batch of each image's second one.
+      share: float32 [N], of the first one, in [0, 1]: the target is share times the label of the
+        first and 1 - share times that of the second.
+    """
+
+    images: jax.Array
+    partner: jax.Array
+    share: jax.Array
+
+
+def _beta(key: jax.Array, alpha: float) -> jax.Array:
+    """Returns a draw from Beta(alpha, alpha); that of alpha 1 is uniform and quick to compile."""
+    return jax.random.uniform(key) if alpha == 1 else jax.random.beta(key, alpha, alpha)
+
+
+def mixup(image: jax.Array, other: jax.Array, key: jax.Array, alpha: float):
+    """Returns share * image + (1 - share) * other of two images [H, W, C], and the share, drawn
+    from Beta(alpha, alpha) (Zhang et al., arXiv:1710.09412)."""
+    share = _beta(key, alpha)
+    weight = share.astype(image.dtype)
+    return weight * image + (1 - weight) * other, share
+
+
+def cutmix(image: jax.Array, other: jax.Array, key: jax.Array, alpha: float):
+    """Returns one image [H, W, C] with a rectangle of another, and the share of pixels that are its
+    own (Yun et al., arXiv:1905.04899): the rectangle has the sides' shape and, of the area,
+    1 - Beta(alpha, alpha), less what hangs over the edge; its centre is a random pixel."""
+    key_share, key_row, key_column = jax.random.split(key, 3)
+    side = jnp.sqrt(1 - _beta(key_share, alpha))
+    hits = []
+    for length, place in zip(image.shape[:2], (key_row, key_column), strict=True):
+        half = (side * length).astype(jnp.int32) // 2
+        centre = jax.random.randint(place, (), 0, length)
+        pixels = jnp.arange(length)
+        hits.append((pixels >= centre - half) & (pixels < centre + half))
+    hit = hits[0][:, None] & hits[1][None, :]
+    return jnp.where(hit[:, :, None], other, image), 1 - hit.mean()
+
+
+MIXES = {"cutmix": cutmix, "mixup": mixup}
+_MIXING = 0x6D6978  # folded into a step's key, so that no other draw of it is one of these
+
+
+def mixer(names: tuple[str, ...], **alphas: float) -> Callable[..., Mixed] | None:
+    """Returns `mix(images, key, first_example, mask)` of those of the names that mix images, None
+    where none does; where both do, each image draws which.
+
+    An image's partner is its neighbour: the first's is the second and the other way round, and so
+    on; an epoch's order is random. An image stays as it is, with a share of 1, where its neighbour
+    is masked or missing (the last of an odd number). So the parts of a batch, of devices or of
+    `accumulate`, are mixed as the whole is where their lengths are even.
+
+    Args:
+      **alphas: `mixup_alpha` and `cutmix_alpha`, of the Beta distributions.
+    """
+    chosen = [name for name in names if name in MIXES]
+    if not chosen:
+        return None
+    functions = [functools.partial(MIXES[n], alpha=alphas[f"{n}_alpha"]) for n in chosen]
+
+    def mix(images: jax.Array, key: jax.Array, first_example, mask: jax.Array) -> Mixed:
+        places = jnp.arange(images.shape[0], dtype=jnp.int32)
+        partner = jnp.minimum(places ^ 1, images.shape[0] - 1)
+        salted = jax.random.fold_in(key, _MIXING)
+
+        def one(image, other, place, is_mixed):
+            key_which, key_draw = jax.random.split(jax.random.fold_in(salted, place))
+            mixed, share = functions[0](image, other, key_draw)
+            if len(functions) > 1:
+                second, second_share = functions[1](image, other, key_draw)
+                is_second = jax.random.bernoulli(key_which)
+                mixed = jnp.where(is_second, second, mixed)
+                share = jnp.where(is_second, second_share, share)
+            return jnp.where(is_mixed, mixed, image), jnp.where(is_mixed, share, 1.0)
+
+        is_mixed = (mask[partner] > 0) & (partner != places)
+        positions = places + first_example
+        mixed, share = jax.vmap(one)(images, images[partner], positions, is_mixed)
+        return Mixed(mixed, partner, share.astype(jnp.float32))
+
+    return mix
 
 
 def views(images: jax.Array, tta: str) -> tuple[jax.Array, tuple[float, ...]]:

@@ -76,7 +76,8 @@ def fit(
       callbacks: each called with every row of the log, a dict, after each window and epoch.
       workdir: the run directory, in which the same call goes on. None keeps nothing on disk.
       overwrite: start anew in a used workdir.
-      plots: draw a run directory's pictures; `Result.plot` draws them without.
+      plots: draw a run directory's pictures and write its `report.html`; `Result.plot` draws
+        pictures without.
       verbose: print what the command prints of training and test.
       device: auto, cpu, gpu or tpu.
       conv: how convolutions are computed: auto, lax, gemm or winograd.
@@ -104,7 +105,7 @@ def fit(
     config = Config(name, chosen, seeds[0] if seeds else int(seed), describe_data(dataset))
     code = own.code_of(chosen.model) if module is None else None
     config = dataclasses.replace(config, seeds=seeds, code=code)
-    options, form = Options(lowering=conv, plots=plots), "map"
+    options, form = Options(lowering=conv, plots=plots, report=plots), "map"
     if seeds:
         form = replica_programs.choose_form()
         known = chosen.model if module is None else None

@@ -61,12 +61,19 @@ class Recipe:
     )
     augment: tuple[str, ...] = setting(
         (),
-        "transforms of training images, in order: alternating_flip, cutout, flip, translate",
+        "transforms of training images, in order: alternating_flip, cutout, flip, translate; after "
+        "these, of the batch: mixup, cutmix",
     )
     translate_pixels: int = setting(
         4, "largest shift of translate, each way, in pixels", low=1, high=1024
     )
     cutout_size: int = setting(8, "side of the square of cutout, in pixels", low=1, high=4096)
+    mixup_alpha: float = setting(
+        1.0, "of mixup: an image's share is drawn from Beta(alpha, alpha)", low=0.01, high=100
+    )
+    cutmix_alpha: float = setting(
+        1.0, "of cutmix: likewise, the share of the area", low=0.01, high=100
+    )
     validation_fraction: float = setting(
         0.0, "share of the training images held out at random", low=0, high=0.95
     )
@@ -128,6 +135,12 @@ class Recipe:
     )
     select_best: bool = setting(
         False, "test the weights of the lowest validation loss, not the last ones"
+    )
+    patience: int = setting(
+        0,
+        "epochs without a new lowest validation loss after which a run ends; 0 is off",
+        low=0,
+        high=100_000,
     )
     log_every: int = setting(
         0, "steps between two printed mean losses; 0 is once an epoch", low=0, high=1_000_000_000
@@ -294,6 +307,8 @@ def check(recipe: Recipe) -> None:
         raise UserError("--nesterov needs --optimizer sgd or muon and a --momentum above 0")
     if recipe.select_best and recipe.validation_fraction == 0:
         raise UserError("--select-best needs validation images: set --validation-fraction")
+    if recipe.patience and recipe.validation_fraction == 0:
+        raise UserError("--patience needs validation images: set --validation-fraction")
     for name, found in (
         ("rate_scale", recipe.rate_scales),
         ("decay_scale", recipe.decay_scales),

@@ -157,6 +157,7 @@ def train_step(
     model: nn.Module,
     optimizer: optax.GradientTransformation,
     preprocess: Callable[..., jax.Array] | None = None,
+    mix: Callable[..., augmentations.Mixed] | None = None,
     label_smoothing: float = 0.0,
     ema_decay: float = 0.0,
     lookahead: tuple[int, int] = (0, 0),
@@ -188,6 +189,8 @@ def train_step(
         called with the images of a part, the step's key, which is that of every part, and the
         position of the first in the global batch; and, where it takes `of_run` and the batch has
         an `index` (int32 [B], positions in the data set), with what `make_preprocess` says.
+      mix: from `augment.mixer`, of a part's images after `preprocess`; the loss is then that of the
+        mixed targets, and `correct` counts the label of an image's larger share.
       ema_decay: of the moving averages, if the state has them; smaller in the first steps
         (`averaging.moved`).
       lookahead: (steps between two returns to the averages, steps of the run), which then move as
@@ -220,6 +223,7 @@ def train_step(
         step_keys(state.key, state.step),
         model=model,
         preprocess=preprocess,
+        mix=mix,
         label_smoothing=label_smoothing,
     )
     if accumulate != 1:
@@ -283,7 +287,7 @@ def _on_device(params, model: nn.Module, batch: Batch, axis_name: str | None):
 
 
 def _gradients(
-    trained, frozen, keys, batch, carried, first_example, *, model, preprocess, label_smoothing
+    trained, frozen, keys, batch, carried, first_example, *, model, preprocess, mix, label_smoothing
 ):
     """Returns ((gradients by `trained`, metrics), collections), sums over one part of a batch."""
     dropout_key, preprocess_key, foreign_key = keys
@@ -295,6 +299,11 @@ def _gradients(
     }
     position = {"first_example": first_example, "mask": batch["mask"]}
     images = preprocess(batch, preprocess_key, first_example)
+    labels, loss_of = batch["label"], functools.partial(cross_entropy, smoothing=label_smoothing)
+    if mix is not None:
+        images, partner, share = mix(images, preprocess_key, first_example, batch["mask"])
+        loss_of = functools.partial(_mixed_loss, loss_of, labels, labels[partner], share)
+        labels = jnp.where(share >= 0.5, labels, labels[partner])
 
     def loss_fn(trained):
         params = optimizers.merge_frozen(trained, frozen)
@@ -307,12 +316,17 @@ def _gradients(
         )
         if logits.dtype.itemsize < 4:
             logits = logits.astype(jnp.float32)
-        losses = cross_entropy(logits, batch["label"], label_smoothing)
-        sums = _sums(logits, batch["label"], batch["mask"], losses)
+        sums = _sums(logits, labels, batch["mask"], loss_of(logits, labels))
         return sums["loss"], (sums, {name: updates.get(name, {}) for name in carried})
 
     grads, (sums, carried) = jax.grad(loss_fn, has_aux=True)(trained)
     return (grads, sums), carried
+
+
+def _mixed_loss(loss_of, first, second, share, logits, _):
+    """Returns the cross-entropy with mixed targets, which is linear in them."""
+    share = share.astype(logits.dtype)
+    return share * loss_of(logits, first) + (1 - share) * loss_of(logits, second)
 
 
 def _over_devices(grads, sums, carried, axis_name: str):

@@ -22,13 +22,21 @@ from cifar_jax import _config
 from cifar_jax.recipes import RECIPES
 from cifar_jax.runtime.errors import UserError, nearest, run_command
 from cifar_jax.runtime.files import absolute
+from cifar_jax.settings import parse_names
 
 DEFAULT_SEED = 42
 NAME_LENGTH = 120  # of a run directory that nobody named; file systems allow 255 bytes
 
 
+# What `--help` lists.
+FIRST = (
+    *("--recipe", "--model", "--dataset", "--epochs", "--batch-size", "--optimizer"),
+    *("--learning-rate", "--seed", "--seeds", "--workdir"),
+)
+
+
 def make_parser() -> cli.Parser:
-    parser = cli.Parser(prog="python -m cifar_jax.train", description=__doc__)
+    parser = cli.Parser(prog="python -m cifar_jax.train", description=__doc__, first=FIRST)
     parser.add_argument(
         "--seed",
         type=cli.seed,
@@ -70,7 +78,14 @@ def make_parser() -> cli.Parser:
         "--csv", action="store_true", help="write predictions.csv beside predictions.npz"
     )
     parser.add_argument(
-        "--tensorboard", action="store_true", help="write event files too (extra: tensorboard)"
+        "--log",
+        type=parse_names,
+        default=(),
+        metavar="NAMES",
+        help="where the rows go too, each an extra: tensorboard, mlflow, wandb, trackio",
+    )
+    parser.add_argument(
+        "--tensorboard", action="store_true", help="write event files too: --log tensorboard"
     )
     parser.add_argument(
         "--deterministic",
@@ -175,6 +190,10 @@ def main(arguments: Sequence[str] | None = None, say=print) -> dict:
     if not options.save_minutes > 0:
         raise UserError(f"--save-minutes must be above 0, got {options.save_minutes:g}")
     cli.check_replica_options(options)
+    if options.log or options.tensorboard:
+        from cifar_jax.reporting import loggers
+
+        loggers.check(_loggers(options))
     words = sys.argv[1:] if arguments is None else arguments
     where = (options.coordinator, options.num_processes, options.process_id)
     if options.seeds:
@@ -185,6 +204,11 @@ def main(arguments: Sequence[str] | None = None, say=print) -> dict:
         alone = arguments is None  # nothing else is trained in this process
         cli.start_device(options, recipe if alone else None)
         return train_one(options, words, say)
+
+
+def _loggers(options) -> tuple[str, ...]:
+    asked = (*options.log, *(("tensorboard",) if options.tensorboard else ()))
+    return tuple(dict.fromkeys(asked))
 
 
 def prepare(options, say, **changes) -> tuple:
@@ -217,7 +241,7 @@ def prepare(options, say, **changes) -> tuple:
         devices=options.devices,
         save_minutes=options.save_minutes,
         plots=not options.no_plots,
-        tensorboard=options.tensorboard,
+        log=_loggers(options),
         report=not (options.no_report or options.no_plots),
         csv=options.csv,
     )
@@ -236,12 +260,13 @@ def train_one(options, words: Sequence[str], say) -> dict:
     """One run, of one process or several, of which the leader alone prints and has the run
     directory. Returns what `summary.json` holds."""
     from cifar_jax.parallel import agreement
+    from cifar_jax.reporting import loggers
     from cifar_jax.training import loop, summary
     from cifar_jax.training.workdir import open_workdir
 
     leads, changes = agreement.is_leader(), {}
     if not leads:
-        say, changes = _silent, dict.fromkeys(("plots", "tensorboard", "report", "csv"), False)
+        say, changes = _silent, dict.fromkeys(("plots", "report", "csv"), False) | {"log": ()}
     run, workdir, notices = prepare(options, say, **changes)
     agreement.check_same(agreement.settings(run))
     opening = [*summary.opening_lines(run, workdir), *notices]
@@ -258,6 +283,8 @@ def train_one(options, words: Sequence[str], say) -> dict:
         for line in opening:
             say(line)
         with interruptible("cifar_jax.train", _again(words, workdir), say) as stop:
+            given = run.options.log, workdir, run.config.to_dict(), resume, say
+            run.log = stack.enter_context(loggers.opened(*given))
             state, trained = loop.train(run, workdir, agreement.any_of(stop), say, resume)
         return summary.finish(run, workdir, state, trained, say)
 

@@ -25,7 +25,7 @@ ORDER = (
 )
 COMMANDS = (
     *("_cli", "_config", "__main__", "train", "compare", "fitting", "result", "evaluate"),
-    *("predict", "convert", "export", "report"),
+    *("predict", "convert", "export", "report", "sweep"),
     "datasets.__main__",
 )
 

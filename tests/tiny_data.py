@@ -151,7 +151,8 @@ def assert_same_run(workdir: Path, reference: Path):
 
 def summary_of(workdir: Path) -> dict:
     """What `summary.json` holds, without what depends on the clock or the machine's state."""
-    clock = {"seconds", "images_per_second", "seconds_to_first_step", "peak_memory_bytes"}
+    clock = {"started", "seconds", "total_seconds", "images_per_second", "seconds_to_first_step"}
+    clock |= {"peak_memory_bytes"}
     summary = json.loads((workdir / "summary.json").read_text())
     return {k: v for k, v in summary.items() if k not in clock | {"commit", "feed"}}
 

@@ -10,7 +10,7 @@ from cifar_jax.datasets import locate
 from cifar_jax.runtime.errors import run_command
 
 
-def main(argv: list[str] | None = None) -> None:
+def make_parser() -> cli.Parser:
     parser = cli.Parser(prog="python -m cifar_jax.datasets", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     shared = cli.Parser(add_help=False)
@@ -25,7 +25,11 @@ def main(argv: list[str] | None = None) -> None:
     prepare.add_argument("--url", help="another address of the same archive")
     prepare.add_argument("--image-size", type=cli.positive, help="resize images to so many pixels")
     commands.add_parser("list", parents=[shared], help="show the sets prepared on this machine")
-    args = parser.parse(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = make_parser().parse(argv)
     if args.command == "list":
         found = list(locate.list_prepared(locate.search_dirs(args.data_dir)))
         for path in found:

@@ -21,6 +21,7 @@ from cifar_jax.replicas.group import Group
 from cifar_jax.reporting import console, distribution, metrics_log, predictions
 from cifar_jax.reporting.console import counted
 from cifar_jax.reporting.plots import attempt
+from cifar_jax.reporting.run_files import command
 from cifar_jax.runtime import files
 from cifar_jax.runtime.environment import environment
 from cifar_jax.runtime.errors import UserError
@@ -80,7 +81,9 @@ def finish(run: Run, groups: Groups, done: Sequence[Mapping], say: Print) -> dic
         )
     processes = groups.plan.process.count
     found = statistics.of_directories(folders, run.dataset.splits["test"].labels)
-    images = run.config.recipe.epochs * run.config.images_per_epoch * len(members)
+    epochs = sum(one["epochs"] for one in found["runs"])
+    epochs += len(diverged) * run.config.recipe.epochs
+    images = epochs * run.config.images_per_epoch
     training = seconds.get("training")
     summary = metrics_log.to_json(
         {
@@ -99,7 +102,10 @@ def finish(run: Run, groups: Groups, done: Sequence[Mapping], say: Print) -> dic
             "diverged": [{"seed": seed, "step": step} for seed, step in sorted(diverged.items())],
             "published_accuracy": [value / 100 for value in _published(run)],
             "images_per_second": images / training if training else None,
+            "command": command(run.config.to_dict()),
+            "started": min([run.clock.started, *(p["started"] for p in done if "started" in p)]),
             "seconds": seconds,
+            "total_seconds": round(sum(seconds.values()), 4),
             "peak_memory_bytes": peak_memory(),
             **environment(),
         }
@@ -198,7 +204,7 @@ def write_members(trained: TrainedGroup, workdir: Path) -> dict[int, int]:
             best = at.best_rows[i]
             saves = {best["epoch"]: "best"} if best else {}
             if i not in at.diverged:
-                saves.setdefault(member.config.recipe.epochs, "last")
+                saves.setdefault(loop.last_epoch(member.config.recipe, best), "last")
             with run.clock("saving"):
                 ends = _write_rows(trained.rows[i], log)
                 with Checkpoints(folder / "checkpoints") as checkpoints:
@@ -268,7 +274,6 @@ def _save(
 ) -> None:
     """Saves a run's state as of the end of an epoch."""
     metrics = programs.empty_metrics(member.steps_per_epoch)
-    seconds = member.clock.seconds()
-    extra = {"epoch": epoch + 1, "step": 0, "metrics_offset": offset, "seconds": seconds}
+    extra = {"epoch": epoch + 1, "step": 0, "metrics_offset": offset, **member.clock.saved()}
     payload = setup.payload(state, metrics)
     checkpoints.save(epoch * member.steps_per_epoch, payload, extra, metric=metric)

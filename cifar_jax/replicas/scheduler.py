@@ -109,7 +109,8 @@ class Groups:
         groups/<n>/metrics.jsonl       of group n in training: rows with their `member`
         groups/<n>/checkpoints/        likewise
         groups/<n>/complete.json       group n is done; in its place, for the two above are deleted.
-                                       {"result": what `work` returned, "seconds": {phase: seconds},
+                                       {"result": what `work` returned, "started": ISO date,
+                                       "seconds": {phase: seconds},
                                        "process": the number of the one that trained it}
 
     `complete.json` is written after all that `work` writes, so a kill before repeats `work`.
@@ -198,7 +199,7 @@ class Groups:
             say("Testing every run")
             result = self.work(TrainedGroup(group, at, loop.rows()))
         result, process = metrics_log.to_json(result), self.plan.process.index
-        write_json(file, {"result": result, "seconds": clock.seconds(), "process": process})
+        write_json(file, {"result": result, **clock.saved(), "process": process})
         for name in ("metrics.jsonl", "checkpoints"):
             files.remove(file.parent / name)
 

@@ -69,14 +69,14 @@ def of_directories(folders: Sequence[Path], labels: np.ndarray) -> dict:
 
     Returns:
       `of_runs`, "interval_95_formula", "runs": a list of {"seed", "test_accuracy", "test_loss",
-      "best_epoch", "best_validation_loss"}, and "ensemble": {"test_loss", "test_accuracy",
-      "test_correct", "test_count"} of the mean of the runs' probabilities.
+      "epochs", "best_epoch", "best_validation_loss"}, and "ensemble": {"test_loss",
+      "test_accuracy", "test_correct", "test_count"} of the mean of the runs' probabilities.
     """
     summaries = [json.loads((folder / "summary.json").read_text("utf-8")) for folder in folders]
     mean = sum(_probabilities(folder, labels) for folder in folders) / len(folders)
     correct = int((mean.argmax(axis=1) == labels).sum())
     chance = np.maximum(mean[np.arange(len(labels)), labels], np.finfo(np.float64).tiny)
-    kept = ("seed", "test_accuracy", "test_loss", "best_epoch", "best_validation_loss")
+    kept = ("seed", "test_accuracy", "test_loss", "epochs", "best_epoch", "best_validation_loss")
     return {
         **of_runs(summaries, [row["class"] for row in summaries[0]["per_class"]]),
         "interval_95_formula": INTERVAL,

@@ -180,6 +180,16 @@ def read_metrics(path: str | Path, kind: str | None = None, *, timing: bool = Tr
     return rows
 
 
+def numbers_of(row: Mapping) -> dict[str, float]:
+    """Returns {`kind/name`: value} of a row's numbers, apart from where it stands."""
+    return {
+        f"{row['kind']}/{name}": value
+        for name, value in {**row, **row.get("timing", {})}.items()
+        if isinstance(value, (int, float)) and not isinstance(value, bool)
+        if name not in ("step", "epoch")
+    }
+
+
 class TensorBoardLog:
     """Writes rows as TensorBoard event files; needs the extra `tensorboard`.
 
@@ -225,19 +235,26 @@ class TensorBoardLog:
 
     def append(self, row: Mapping) -> None:
         """Writes the row's numbers as scalars `kind/name` at its step (0 where it has none)."""
-        from tensorboardX.proto.event_pb2 import Event
         from tensorboardX.summary import scalar
 
-        step = int(row.get("step", 0))
-        with self._blame():
-            for name, value in {**row, **row.get("timing", {})}.items():
-                number = isinstance(value, (int, float)) and not isinstance(value, bool)
-                if number and name not in ("step", "epoch"):
-                    summary = scalar(f"{row['kind']}/{name}", value)
-                    event = Event(step=step, summary=summary, wall_time=time.time())
-                    self._writer.write_event(event)
-            if row["kind"] == "epoch":
+        for name, value in numbers_of(row).items():
+            self._write(scalar(name, value), int(row.get("step", 0)))
+        if row["kind"] == "epoch":
+            with self._blame():
                 self._writer.flush()
+
+    def add_text(self, name: str, text: str) -> None:
+        """Writes a text, in Markdown."""
+        from tensorboardX.summary import text as text_summary
+
+        self._write(text_summary(name, text), 0)
+
+    def _write(self, summary, step: int) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+
+        with self._blame():
+            event = Event(step=step, summary=summary, wall_time=time.time())
+            self._writer.write_event(event)
 
     def close(self) -> None:
         """Writes what is pending and closes the file."""

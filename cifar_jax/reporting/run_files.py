@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,8 @@ def _read_json(path: Path) -> dict | None:
 
 # What was run.
 
+BASE = "tutorial"
+
 
 def differences(config: Mapping) -> dict[str, tuple[Any, Any]]:
     """Returns {setting: (its value, the recipe's)} of those that differ from the recipe's own."""
@@ -109,23 +112,31 @@ def differences(config: Mapping) -> dict[str, tuple[Any, Any]]:
 
 
 def command(config: Mapping) -> str:
-    """Returns the command that trains the same again."""
-    words = ["python -m cifar_jax.train", f"--recipe {config['recipe_name']}"]
+    """Returns the command that trains the same again, as a shell takes it.
+
+    A `Recipe` without a name, from Python, is told as what differs from `BASE`.
+    """
+    named = config["recipe_name"] in RECIPES
+    config = config if named else {**config, "recipe_name": BASE}
+    words = ["python", "-m", "cifar_jax.train", "--recipe", config["recipe_name"]]
     for name, (value, _) in differences(config).items():
         option = option_of(name)
         if isinstance(value, bool):
             words.append(option if value else f"--no-{option[2:]}")
-        elif isinstance(value, (list, tuple)):
-            words.append(f"{option} {','.join(map(str, value))}" if value else f"{option} ''")
+        elif name == "model_option":  # one at a time: a value may hold commas
+            words += [word for entry in value for word in (option, entry)]
         else:
-            words.append(f"{option} {value}")
+            several = isinstance(value, (list, tuple))
+            words += [option, ",".join(map(str, value)) if several else str(value)]
     if config.get("init_from"):
-        words.append(f"--init-from {config['init_from']['source']}")
+        words += ["--init-from", config["init_from"]["source"]]
     if config["dataset"].get("test_fraction"):
-        words.append(f"--test-fraction {config['dataset']['test_fraction']:g}")
+        words += ["--test-fraction", f"{config['dataset']['test_fraction']:g}"]
+    side = config["dataset"].get("image_shape", [32])[0]
+    words += ["--image-size", str(side)] if side != 32 else []
     seeds = config.get("seeds")
-    words.append(f"--seeds {seeds_text(seeds)}" if seeds else f"--seed {config['seed']}")
-    return " ".join(words)
+    words += ["--seeds", seeds_text(seeds)] if seeds else ["--seed", str(config["seed"])]
+    return shlex.join(words)
 
 
 def seeds_text(seeds: Sequence[int]) -> str:
@@ -162,6 +173,7 @@ def facts(run: RunFiles) -> list[tuple[str, str]]:
         ("Device", where),
         ("Versions", ", ".join(versions)),
         ("Commit", _short_commit(summary.get("commit"))),
+        ("Started", summary.get("started", "not recorded")),
     ]
     return found
 

@@ -6,7 +6,8 @@ import contextlib
 import os
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from datetime import datetime
 from pathlib import Path
 
 import jax
@@ -39,6 +40,10 @@ class Clock:
         with clock("training"): ...
 
     Phases do not nest.
+
+    Attributes:
+      started: when the run was started first, ISO 8601 with its zone.
+      first_step: seconds from the process's start to the first step's end, None before.
     """
 
     def __init__(self):
@@ -47,7 +52,8 @@ class Clock:
             jax.monitoring.register_event_duration_secs_listener(_listen)
             _listening = True
         self._seconds: dict[str, float] = {}
-        self.first_step: float | None = None  # seconds from process start to the first step's end
+        self.started = datetime.now().astimezone().isoformat(timespec="seconds")
+        self.first_step: float | None = None
 
     @contextlib.contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
@@ -66,9 +72,14 @@ class Clock:
         """Returns {phase: seconds} so far."""
         return {phase: round(value, 4) for phase, value in self._seconds.items()}
 
-    def load(self, seconds: dict[str, float]) -> None:
-        """Adds what an earlier part of the same run took."""
-        for phase, value in seconds.items():
+    def saved(self) -> dict:
+        """Returns what a checkpoint keeps of it: {"started", "seconds"}."""
+        return {"started": self.started, "seconds": self.seconds()}
+
+    def load(self, saved: Mapping) -> None:
+        """Adds what an earlier part of the same run took (`saved`)."""
+        self.started = saved.get("started", self.started)
+        for phase, value in saved["seconds"].items():
             self._add(phase, value)
 
 

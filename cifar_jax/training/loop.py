@@ -6,9 +6,7 @@ lengths, saves between epochs, interruptions) decides when the host looks, never
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import functools
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,10 +17,11 @@ from cifar_jax import optimizers, steps
 from cifar_jax.checkpoints.save_restore import Checkpoints
 from cifar_jax.parallel import agreement, programs
 from cifar_jax.reporting import console
-from cifar_jax.reporting.metrics_log import MetricsLog, TensorBoardLog, read_metrics
+from cifar_jax.reporting.metrics_log import MetricsLog, read_metrics
 from cifar_jax.runtime.errors import UserError
 from cifar_jax.runtime.progress import Progress
 from cifar_jax.runtime.timing import seconds_since_start
+from cifar_jax.settings import Recipe
 from cifar_jax.training.runs import Arrays, Chunk, OneRun, Print, Runs
 from cifar_jax.training.setup import Run
 from cifar_jax.training.workdir import Config
@@ -45,6 +44,7 @@ class Position:
       arrays: what is on the devices.
       best_rows: each run's `epoch` row of its lowest validation loss, None before there is one.
       diverged: {member: its last step, counted from 1}.
+      patience: of the recipe.
     """
 
     epoch: int
@@ -52,10 +52,17 @@ class Position:
     arrays: Arrays
     best_rows: list[dict | None]
     diverged: dict[int, int]
+    patience: int = 0
+
+    def sound(self) -> np.ndarray:
+        """bool [R]: which runs have not diverged."""
+        return np.array([i not in self.diverged for i in range(len(self.best_rows))])
 
     def alive(self) -> np.ndarray:
-        """bool [R]: which runs go on."""
-        return np.array([i not in self.diverged for i in range(len(self.best_rows))])
+        """bool [R]: which runs go on: those that `patience` has ended do not."""
+        best = np.array([row["epoch"] if row else 0 for row in self.best_rows])
+        patient = not self.patience or self.epoch - 1 - best < self.patience
+        return self.sound() & patient
 
 
 # Sees the config of a run and each row of its log, when it is written.
@@ -115,7 +122,8 @@ class Loop:
         if resume and self.checkpoints.committed():
             return self._restored()
         self.log.truncate(0)
-        return Position(1, 0, self.runs.begin(), [None] * len(self.runs.members), {})
+        nothing = [None] * len(self.runs.members)
+        return Position(1, 0, self.runs.begin(), nothing, {}, self.recipe.patience)
 
     def _restored(self) -> Position:
         say = self.runs.say
@@ -132,11 +140,12 @@ class Loop:
         if missing:
             who = "run goes" if self.runs.alone else "runs go"
             say(f"warning: {self.log.path} lost {missing} bytes of earlier rows; the {who} on")
-        self.run.clock.load(extra["seconds"])
-        # A run alone has its best epoch in its log.
+        self.run.clock.load(extra)
+        # A run of an older version has its best epoch in its log.
         best_rows = extra.get("best_rows") or [console.best_epoch(rows) for rows in self.rows()]
         diverged = {int(i): step for i, step in extra.get("diverged", {}).items()}
-        at = Position(extra["epoch"], extra["step"], arrays, best_rows, diverged)
+        where = extra["epoch"], extra["step"]
+        at = Position(*where, arrays, best_rows, diverged, self.recipe.patience)
         say(f"Going on from step {found.step} (epoch {at.epoch}, step {at.step})")
         epoch = self.run.config.images_per_epoch
         images = (at.epoch - 1) * epoch + min(at.step * self.recipe.batch_size, epoch)
@@ -147,9 +156,22 @@ class Loop:
         """Trains to the recipe's last epoch, or until no run is left."""
         while at.epoch <= self.recipe.epochs and at.alive().any():
             at = self._epoch(at)
+        if at.patience:
+            self._say_ended(at)
         with self.run.clock("saving"):
             self.checkpoints.wait()
         return at
+
+    def _say_ended(self, at: Position) -> None:
+        """Says after which epochs `patience` has ended runs."""
+        best = [at.best_rows[i] for i in np.flatnonzero(at.sound())]
+        found = sorted(last_epoch(self.recipe, row) for row in best)
+        early = [epoch for epoch in found if epoch < self.recipe.epochs]
+        if early:
+            who = "Ended" if self.runs.alone else f"{len(early)} of {len(found)} runs ended"
+            when = f"{early[0]}" if early[0] == early[-1] else f"{early[0]} to {early[-1]}"
+            epochs = console.counted(at.patience, "epoch")
+            self.runs.say(f"{who} after epoch {when}: no lower validation loss in {epochs}")
 
     def _epoch(self, at: Position) -> Position:
         """Trains to the end of the epoch, validates, writes its rows and saves."""
@@ -190,7 +212,7 @@ class Loop:
 
     def _look_at_weights(self, at: Position, step: int) -> None:
         """A step of finite loss can still make weights infinite, which only the next would show."""
-        for i in np.flatnonzero(at.alive() & ~self.runs.finite(at.arrays)):
+        for i in np.flatnonzero(at.sound() & ~self.runs.finite(at.arrays)):
             self._note_diverged(at, int(i), "weights", step)
 
     def _note_diverged(self, at: Position, i: int, what: str, step: int) -> None:
@@ -257,12 +279,13 @@ class Loop:
                 "epoch": at.epoch,
                 "step": at.step,
                 "metrics_offset": self.log.offset(),
-                "seconds": self.run.clock.seconds(),
+                "best_rows": at.best_rows,
+                **self.run.clock.saved(),
             }
             if self.runs.alone:
                 self._look_at_weights(at, step)
             else:
-                extra |= {"best_rows": at.best_rows, "diverged": at.diverged}
+                extra["diverged"] = at.diverged
             payload = self.runs.payload(at.arrays)
             self.checkpoints.save(step, payload, extra, metric=metric, block=block)
         self.saved_at = time.monotonic()
@@ -303,16 +326,16 @@ def train(
             if resume and not loop.checkpoints.committed():
                 printer("No checkpoint was saved before: starting from the first step")
             at = loop.begin(resume)
-            with _tensorboard(run, workdir, at, printer) as runs.events:
-                try:
-                    at = loop.train(at)
-                except Interrupted as interrupted:
-                    if not keep:
-                        raise
-                    at = interrupted.at
+            runs.events = run.log
+            try:
+                at = loop.train(at)
+            except Interrupted as interrupted:
+                if not keep:
+                    raise
+                at = interrupted.at
             state, (best,) = at.arrays.state, at.best_rows
             found = trained(run, best)
-            if at.epoch <= recipe.epochs:
+            if at.epoch <= found["epochs"]:
                 found |= _stopped(run, at, best)
             if recipe.select_best and (best or "stopped" not in found):
                 chosen = loop.checkpoints.restore(runs.payload(at.arrays), which="best")
@@ -330,13 +353,22 @@ def train(
 def trained(run: Run, best: dict | None) -> dict:
     """Returns what `summary.json` holds of a run's training; `best`: its best epoch's row."""
     recipe = run.config.recipe
+    epochs = last_epoch(recipe, best)
     return {
         "best_epoch": best["epoch"] if best else None,
         "best_validation_loss": best["validation_loss"] if best else None,
-        "tested_epoch": best["epoch"] if best and recipe.select_best else recipe.epochs,
-        "epochs": recipe.epochs,
-        "steps": recipe.epochs * run.steps_per_epoch,
+        "tested_epoch": best["epoch"] if best and recipe.select_best else epochs,
+        "epochs": epochs,
+        "steps": epochs * run.steps_per_epoch,
+        **({"ended_early": epochs < recipe.epochs} if recipe.patience else {}),
     }
+
+
+def last_epoch(recipe: Recipe, best: dict | None) -> int:
+    """Returns after which epoch a run ends, given its best epoch's row of all that it has."""
+    if not recipe.patience:
+        return recipe.epochs
+    return min((best["epoch"] if best else 0) + recipe.patience, recipe.epochs)
 
 
 def _stopped(run: Run, at: Position, best: dict | None) -> dict:
@@ -348,28 +380,3 @@ def _stopped(run: Run, at: Position, best: dict | None) -> dict:
         "steps": done * run.steps_per_epoch + at.step,
         "stopped": True,
     }
-
-
-@contextlib.contextmanager
-def _tensorboard(run: Run, workdir: Path, at: Position, say: Print) -> Iterator[Callable]:
-    """Yields a function that writes a row as TensorBoard events where they are asked for. Of what
-    cannot be written it warns once: no result needs it."""
-    if not run.options.tensorboard:
-        yield lambda row: None
-        return
-    step = (at.epoch - 1) * run.steps_per_epoch + at.step
-    log, told = TensorBoardLog(workdir / "tensorboard", resumed_at=step or None), False
-
-    def attempt(action: Callable, *arguments) -> None:
-        nonlocal told
-        try:
-            action(*arguments)
-        except UserError as error:
-            if not told:
-                say(f"warning: {error}; the run goes on without")
-            told = True
-
-    try:
-        yield functools.partial(attempt, log.append)
-    finally:
-        attempt(log.close)

@@ -35,7 +35,7 @@ class Options:
       devices: local devices that share a batch (`hardware.choose_devices`); likewise.
       save_minutes: minutes between two saves within an epoch.
       plots: whether to draw the pictures at the end.
-      tensorboard: whether to write TensorBoard events too.
+      log: where the rows of a run go too (`reporting/loggers.py`).
       report: whether to write `report.html` at the end.
       csv: whether to write `predictions.csv` too.
     """
@@ -45,7 +45,7 @@ class Options:
     devices: str = "1"
     save_minutes: float = 5.0
     plots: bool = True
-    tensorboard: bool = False
+    log: tuple[str, ...] = ()
     report: bool = True
     csv: bool = False
 
@@ -75,6 +75,7 @@ class Run:
     evaluate: Callable
     predict: Callable
     initial: dict | None = None
+    log: Callable[[dict], None] = lambda row: None
 
     @property
     def parameters(self) -> int:
@@ -224,13 +225,19 @@ def preprocess_of(recipe: Recipe, steps_per_epoch: int = 1) -> Callable[..., jax
     augment."""
     return steps.make_preprocess(
         recipe.normalize,
-        recipe.augment,
+        tuple(name for name in recipe.augment if name not in augment.MIXES),
         recipe.precision,
         recipe.resize,
         steps_per_epoch,
         translate_pixels=recipe.translate_pixels,
         cutout_size=recipe.cutout_size,
     )
+
+
+def mix_of(recipe: Recipe) -> Callable | None:
+    """Returns the recipe's `mix` (`augment.mixer`)."""
+    alphas = {"mixup_alpha": recipe.mixup_alpha, "cutmix_alpha": recipe.cutmix_alpha}
+    return augment.mixer(recipe.augment, **alphas)
 
 
 def state_maker(
@@ -265,6 +272,7 @@ def step_of(
         model=model,
         optimizer=optimizers.make_optimizer(recipe, steps_per_epoch, given),
         preprocess=preprocess_of(recipe, steps_per_epoch),
+        mix=mix_of(recipe),
         loss_reduction=recipe.loss_reduction,
         label_smoothing=given.get("label_smoothing", recipe.label_smoothing),
         ema_decay=given.get("ema_decay", recipe.ema_decay),

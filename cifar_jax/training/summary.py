@@ -14,6 +14,7 @@ from cifar_jax.parallel import hardware
 from cifar_jax.reporting import confusion, console, metrics_log, page, plots, predictions
 from cifar_jax.reporting.plots import attempt
 from cifar_jax.reporting.predictions import Predictions
+from cifar_jax.reporting.run_files import command
 from cifar_jax.runtime.environment import environment
 from cifar_jax.runtime.files import write_json
 from cifar_jax.runtime.timing import peak_memory
@@ -58,7 +59,7 @@ def held_out(run: Run, state: steps.TrainState) -> Predictions | None:
 def summarize(run: Run, trained: dict, found: dict) -> dict:
     """Returns the contents of `summary.json`."""
     recipe, seconds = run.config.recipe, run.clock.seconds()
-    trained_images = recipe.epochs * run.config.images_per_epoch
+    trained_images = trained["epochs"] * run.config.images_per_epoch
     training = seconds.get("training", 0.0)
     dataset = dict(run.config.dataset) | {"source": run.dataset.source}
     return {
@@ -75,7 +76,10 @@ def summarize(run: Run, trained: dict, found: dict) -> dict:
         **trained,
         **found,
         "images_per_second": trained_images / training if training else None,
+        "command": command(run.config.to_dict()),
+        "started": run.clock.started,
         "seconds": seconds,
+        "total_seconds": round(sum(seconds.values()), 4),
         "seconds_to_first_step": run.clock.first_step,
         "peak_memory_bytes": peak_memory(),
         **environment(),
@@ -167,7 +171,8 @@ def finish(run: Run, workdir: Path, state: steps.TrainState, trained: dict, say:
     say(f"Testing the weights of the {which} epoch ({trained['tested_epoch']})")
     found, probabilities = test(run, state, "test")
     with metrics_log.MetricsLog(workdir / "metrics.jsonl") as log:
-        log.append("test", **found)
+        row = log.append("test", **found)
+    run.log(row | {"step": trained["steps"]})
     labels, names = run.dataset.splits["test"].labels, run.dataset.class_names
     said, validation = predictions.of_split(probabilities, labels), held_out(run, state)
     predictions.write(workdir, said, validation)
@@ -207,7 +212,10 @@ def first_batch(run: Run, key: jax.Array) -> tuple[np.ndarray, np.ndarray]:
     shown = order[order >= 0][: plots.GRID_IMAGES]
     preprocess = jax.jit(setup.preprocess_of(recipe))
     of_run = (key, np.int32(0), shown)
-    images = preprocess(train.images[shown], steps.step_keys(key, 0)[1], of_run=of_run)
+    draws = steps.step_keys(key, 0)[1]
+    images = preprocess(train.images[shown], draws, of_run=of_run)
+    if mix := setup.mix_of(recipe):
+        images = jax.jit(mix)(images, draws, 0, np.ones(len(shown), np.float32)).images
     return np.asarray(images, np.float32), train.labels[shown]
 
 

@@ -36,7 +36,7 @@ FORMAT = 1
 _OWN_NAMES = (
     *("config.json", "metrics.jsonl", "summary.json", "checkpoints", "plots", "tensorboard"),
     *("predictions.npz", "predictions.csv", "report.html"),
-    *("probabilities.npy", "results.csv", "groups", own.COPIES),
+    *("probabilities.npy", "results.csv", "groups", "log_id", "wandb", own.COPIES),
 )
 _OWN_PATTERN = "seed-*"
 

@@ -47,6 +47,7 @@ def test_it_is_the_commands_run_and_leaves_nothing(done, tiny, tmp_path):
     options += words("--log-every 3 --seed 3 --no-plots --devices 1")
     train.main([*options, "--data-dir", str(tiny), "--workdir", str(tmp_path / "a")], say=id)
     assert_same_run(result.save(tmp_path / "b"), tmp_path / "a")
+    assert not (tmp_path / "b" / "report.html").exists()
     # tensorflow-datasets makes a folder of its own when it is imported.
     assert not [path for path in temporary.iterdir() if not path.name.endswith("tfds")]
     assert rows == [row for row in result.history if row["kind"] != "test"]
@@ -86,6 +87,7 @@ def test_a_callback_ends_it_and_the_run_goes_on_where_it_is_saved(data, small, t
     assert (stopped.summary["stopped"], stopped.summary["epochs"]) == (True, 1)
     assert 0 <= stopped.summary["test_accuracy"] <= 1
     assert not (kept / "summary.json").exists()
+    assert not (kept / "report.html").exists()
     whole = fit(data, seed=3, workdir=stopped.save(tmp_path / "saved"))
     assert "stopped" not in whole.summary
     assert [row["epoch"] for row in whole.history if row["kind"] == "epoch"] == [1, 2]
@@ -139,6 +141,7 @@ def test_many_seeds_are_one_result(data, small, tmp_path):
         result.summary["test_accuracy"]["mean"]
     )
     member = result.save(tmp_path / "many") / "seed-3"
+    assert not [path.name for path in member.parent.rglob("*") if path.suffix in (".html", ".png")]
     folder = prepare_tiny(tmp_path / "data")
     again = evaluate.main([str(member), "--data-dir", str(folder)], say=id)
     assert again["test_accuracy"] == result.runs[1].summary["test_accuracy"]

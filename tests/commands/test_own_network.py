@@ -10,11 +10,10 @@ import pytest
 from PIL import Image
 from tiny_data import snapshot, words
 
-from cifar_jax import convert, evaluate, export, predict, train
+from cifar_jax import convert, evaluate, export, predict, sweep, train
 from cifar_jax.models import own
 from cifar_jax.runtime.errors import UserError, run_command
 from cifar_jax.training import evaluation
-from experiments import sweep
 
 LINEN = """
 import flax.linen as nn

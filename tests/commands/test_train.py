@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from logger_support import Remembered, stand_in
 from PIL import Image
 from quick import jit
 from tiny_data import (
@@ -262,11 +263,18 @@ def test_pictures_and_events_that_fail_cost_a_warning(tiny, tmp_path, monkeypatc
         monkeypatch.setattr(plots, name, fail)
     lines = []
     common = ["--data-dir", str(tiny), "--workdir", str(tmp_path / "run")]
-    summary = train.main([*QUICK, *common, "--tensorboard"], say=lines.append)
+    run = Remembered()
+    stand_in(monkeypatch, "wandb", init=lambda **given: run)
+    given = [*QUICK, *common, "--tensorboard", "--log", "wandb"]
+    summary = train.main(given, say=lines.append)
+    told = [(name, value, step) for numbers, step in run.rows for name, value in numbers.items()]
+    assert ("test/test_accuracy", summary["test_accuracy"], summary["steps"]) in told
+    assert "epoch/train_loss" in {name for name, _, _ in told}
+    assert run.ended
     assert summary == json.loads((tmp_path / "run" / "summary.json").read_text())
     assert len(list((tmp_path / "run" / "plots").iterdir())) == 4
     events, pictures = (line for line in lines if line.startswith("warning: "))
-    assert events == "warning: cannot write it; the run goes on without"
+    assert events == "warning: --log tensorboard: cannot write it; the run goes on without"
     assert pictures.startswith("warning: not drawn: ")
     assert "curves.png, " in pictures
     assert pictures.endswith("mistakes.png: cannot write it")

@@ -188,7 +188,7 @@ def test_a_sweep_is_shared_too(tiny, folder, tmp_path):
     """Two programs, of which each process trains a part."""
     axes = "--learning-rate 1e-4,1e-3,1e-2,1000 --batch-size 30,60"
     arguments = words(f"--recipe tutorial --conv lax --epochs 1 {axes} --data-dir {tiny}")
-    command = {"command": "experiments.sweep"}
+    command = {"command": "cifar_jax.sweep"}
     status, (said, other) = Processes(folder, tmp_path / "two", arguments, **command).wait()
     assert status == [0, 0], (said, other)
     assert all("warning: batch_size" in line for line in other), "nothing else"

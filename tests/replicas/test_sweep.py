@@ -11,11 +11,10 @@ import pytest
 from PIL import Image
 from tiny_data import small, tiny, words
 
-from cifar_jax import train
+from cifar_jax import sweep, train
 from cifar_jax.recipes import RECIPES
 from cifar_jax.replicas import sweep as sweeps
 from cifar_jax.runtime.errors import UserError, run_command
-from experiments import sweep
 
 __all__ = ["small", "tiny"]
 

@@ -317,17 +317,26 @@ def test_environment_names_versions_device_and_processor_but_not_the_machine():
 
 def scalars(directory):
     """Returns {(tag, step): value} from the event files in `directory`."""
+    return {
+        (value.tag, event.step): value.simple_value
+        for file in events(directory)
+        for event in file
+        for value in event.summary.value
+    }
+
+
+def events(directory):
+    """Returns the events of each file in `directory`, the oldest file first."""
     from tensorboardX.proto.event_pb2 import Event
 
-    found = {}
-    for file in sorted(directory.iterdir()):
+    found = []
+    for file in sorted(directory.iterdir(), key=lambda path: path.stat().st_mtime_ns):
         data, at = file.read_bytes(), 0
+        found.append([])
         while at < len(data):
             (length,) = struct.unpack_from("<Q", data, at)
-            event = Event.FromString(data[at + 12 : at + 12 + length])
+            found[-1].append(Event.FromString(data[at + 12 : at + 12 + length]))
             at += 12 + length + 4  # length, its checksum, the event, its checksum
-            for value in event.summary.value:
-                found[value.tag, event.step] = value.simple_value
     return found
 
 

@@ -9,13 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from cifar_jax import convert, evaluate, export, predict, train
+from cifar_jax import convert, evaluate, export, predict, sweep, train
 from cifar_jax.datasets import decoded, locate
 from cifar_jax.runtime import files
 from cifar_jax.runtime.errors import UserError
 from cifar_jax.training.workdir import open_workdir
 from cifar_jax.weights import pretrained
-from experiments import sweep
 
 
 @pytest.fixture

@@ -8,17 +8,15 @@ import io
 from pathlib import Path
 
 from cifar_jax.replicas.sweep import by_point, shown
+from cifar_jax.reporting import metrics_log, sweep_figures
+from cifar_jax.reporting.console import counted
+from cifar_jax.reporting.plots import attempt
+from cifar_jax.runtime.environment import environment
+from cifar_jax.runtime.files import write_json
 
 
 def report(config, varied, points, rows, seconds, workdir: Path, say) -> dict:
     """Writes `results.csv`, `summary.json` and the pictures; prints the best points."""
-    from cifar_jax.reporting import metrics_log
-    from cifar_jax.reporting.console import counted
-    from cifar_jax.reporting.plots import attempt
-    from cifar_jax.runtime.environment import environment
-    from cifar_jax.runtime.files import write_json
-    from experiments import figures
-
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()
@@ -42,7 +40,7 @@ def report(config, varied, points, rows, seconds, workdir: Path, say) -> dict:
     names = [axis.name for axis in varied]
     heading = f"{config.recipe_name}, {runs}"
     draw = functools.partial(
-        figures.sweep,
+        sweep_figures.draw,
         names,
         found,
         heading=f"{heading}; best by {chosen_by.replace('_', ' ')}",
