@@ -30,8 +30,8 @@ class Worker:
       side: `ours`, `ours-one` (one device), `ours-step` (a bare jitted step, on one device),
         `ours-unfolded`, `ours-plain` (`plain_networks.py`), `ours-LOWERING`, several such words
         (`ours-step-lax`), or a PyTorch peer's name; `map-16`, `vmap-16` or `torch-vmap-16` for so
-        many replicas (`replica_sides.py`); any of them with `@N` for a number of processors of its own, such
-        as `eager@1`.
+        many replicas (`replica_sides.py`); any of them with `@N` for a number of processors of its
+        own, such as `eager@1`.
       options: of `add_options`, by name, for the worker's command line.
     """
 

@@ -238,8 +238,7 @@ def _is_relu(eqn) -> bool:
     def call(x):
         return eqn.primitive.bind(x, **eqn.primitive.get_bind_params(eqn.params))
 
-    aval = eqn.invars[0].aval
-    x = jax.ShapeDtypeStruct(aval.shape, aval.dtype)
+    x = eqn.invars[0].aval
 
     def both(function):
         jvp = jax.make_jaxpr(lambda x, dx: jax.jvp(function, (x,), (dx,)))
