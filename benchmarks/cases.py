@@ -10,6 +10,12 @@ from cifar_jax.recipes import RECIPES, Recipe
 from cifar_jax.runtime.errors import UserError, lookup
 
 BATCHES = (4, 20, 128, 512, 2048)
+PLAIN = "benchmarks/plain_networks.py"  # networks in nothing but Flax
+ALL_RECIPES = RECIPES | {
+    "small_resnet": Recipe(
+        model=f"{PLAIN}:SmallResNet", batch_size=128, learning_rate=0.1, momentum=0.9
+    )
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +32,7 @@ class Case:
     def settings(self, precision: str = "float32") -> Recipe:
         """The recipe at this batch size, all images for training (a split changes no speed)."""
         sizes = {"batch_size": self.batch_size, "eval_batch_size": self.batch_size}
-        recipe = RECIPES[self.recipe].replace(**sizes, precision=precision)
+        recipe = ALL_RECIPES[self.recipe].replace(**sizes, precision=precision)
         return recipe.replace(validation_fraction=0.0, select_best=False)
 
 
@@ -35,7 +41,7 @@ def parse(text: str) -> Case:
     kind, _, rest = text.rpartition("/")
     name, _, batch = rest.partition(":")
     kind = kind or "train"
-    lookup(RECIPES, name, "recipe")
+    lookup(ALL_RECIPES, name, "recipe")
     if kind not in ("train", "eval") or not batch.isdecimal() or int(batch) < 1:
         raise UserError(f"case {text!r} is not of the form train/RECIPE:BATCH or eval/RECIPE:BATCH")
     return Case(kind, name, int(batch))
@@ -53,6 +59,7 @@ CASE_SETS: dict[str, list[Case]] = {
           for batch in BATCHES),
         parse("vgg16_finetune:128"),
     ],
+    "plain": [parse("tutorial:4"), parse("dropout:20"), parse("small_resnet:128")],
     "vgg16": [parse("vgg16_finetune:128"), parse("eval/vgg16_finetune:512")],
 }  # fmt: skip
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.cases import Case, full_batches
+from benchmarks.cases import PLAIN, Case, full_batches
 
 COMPARED_STEPS = 50
 # Of networks whose steps take seconds on a CPU.
@@ -94,6 +94,16 @@ class Side:
         return images, time.perf_counter() - start
 
 
+def read_params(path: Path) -> dict[str, dict[str, np.ndarray]]:
+    """Returns the parameters {layer: {name: array}} that `Ours.prepare` wrote."""
+    params: dict = {}
+    with np.load(path) as saved:
+        for name, value in saved.items():
+            layer, kind = name.split("/")
+            params.setdefault(layer, {})[kind] = value
+    return params
+
+
 class Ours(Side):
     """cifar_jax, through the very programs that `cifar_jax.train` runs.
 
@@ -101,16 +111,29 @@ class Ours(Side):
       lowering: the convolutions' (`auto`, `lax`, `gemm`, `winograd`).
       fold: whether VGG16's first linear layer is folded.
       devices: local devices that share a batch, as `cifar_jax.train --devices`.
+      plain: whether the network is that of `plain_networks.py`, from the weights of another side.
     """
 
-    def __init__(self, lowering: str = "auto", fold: bool = True, devices: str = "auto"):
+    def __init__(
+        self,
+        lowering: str = "auto",
+        fold: bool = True,
+        devices: str = "auto",
+        plain: bool = False,
+    ):
         self.lowering, self.fold, self.devices = lowering, fold, devices
+        self.plain = plain
+
+    def recipe(self, case: Case, precision: str = "float32"):
+        """Returns the case's recipe with this side's network."""
+        recipe = case.settings(precision).replace(fold=self.fold)
+        return recipe.replace(model=f"{PLAIN}:{recipe.model}") if self.plain else recipe
 
     def cpu_threads(self, case: Case) -> int | None:
         from cifar_jax.training import setup
 
         training = case.kind == "train"
-        return setup.cpu_threads(case.settings(), self.devices) if training else None
+        return setup.cpu_threads(self.recipe(case), self.devices) if training else None
 
     def prepare(self, case: Case, dataset, precision: str, weights: Path, seconds: float) -> dict:
         """Builds the case and writes the initial weights to `weights` (.npz)."""
@@ -122,19 +145,20 @@ class Ours(Side):
         from cifar_jax.training.setup import Options, make_run
         from cifar_jax.training.workdir import Config, describe_data
 
-        recipe = case.settings(precision).replace(fold=self.fold)
+        recipe = self.recipe(case, precision)
         config = Config(case.recipe, recipe, 0, describe_data(dataset))
         self.run = run = make_run(
             config, dataset, Options(lowering=self.lowering, devices=self.devices), Clock()
         )
         compiled = compile_seconds()
-        self.state = run.create()
-        flat = {
-            f"{layer}/{name}": np.asarray(value)
-            for layer, values in self._unfolded().items()
-            for name, value in values.items()
-        }
-        np.savez(weights, **flat)
+        self.state = run.create({"params": read_params(weights)} if self.plain else None)
+        if not self.plain:
+            flat = {
+                f"{layer}/{name}": np.asarray(value)
+                for layer, values in self._unfolded().items()
+                for name, value in values.items()
+            }
+            np.savez(weights, **flat)
         start = time.perf_counter()
         split = dataset.splits["train" if case.kind == "train" else "test"]
         where = run.mesh if case.kind == "train" else None

@@ -156,6 +156,35 @@ class VGGBatchNorm(nn.Module):
         return self.classifier(self.features(x).mean(dim=(2, 3)))
 
 
+class SmallResNet(nn.Module):
+    """A stem and three residual blocks, as `plain_networks.SmallResNet`."""
+
+    def __init__(self, num_classes: int = 10):
+        super().__init__()
+        self.conv0, self.norm0 = nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)
+        channels = 16
+        for block, features in enumerate((16, 32, 64), start=1):
+            stride = 1 if features == channels else 2
+            sizes = {"a": (channels, 3, stride), "b": (features, 3, 1)}
+            sizes |= {"c": (channels, 1, 2)} if stride == 2 else {}
+            for part, (inputs, size, step) in sizes.items():
+                conv = nn.Conv2d(inputs, features, size, step, padding=size // 2, bias=False)
+                setattr(self, f"conv{block}{part}", conv)
+                setattr(self, f"norm{block}{part}", nn.BatchNorm2d(features))
+            channels = features
+        self.fc = nn.Linear(channels, num_classes)
+
+    def normed(self, x: torch.Tensor, part: str) -> torch.Tensor:
+        return getattr(self, f"norm{part}")(getattr(self, f"conv{part}")(x))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.relu(self.normed(x, "0"))
+        for block in "123":
+            y = self.normed(F.relu(self.normed(x, f"{block}a")), f"{block}b")
+            x = F.relu(y + (x if block == "1" else self.normed(x, f"{block}c")))
+        return self.fc(x.mean(dim=(2, 3)))
+
+
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "tutorial_cnn": TutorialCNN,
     "deep_cnn": DeepCNN,
@@ -163,6 +192,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "vgg16": VGG,
     "vgg11_bn": functools.partial(VGGBatchNorm, layers=VGG11_LAYERS),
     "vgg16_bn": functools.partial(VGGBatchNorm, layers=VGG16_LAYERS),
+    "benchmarks/plain_networks.py:SmallResNet": SmallResNet,
 }
 
 

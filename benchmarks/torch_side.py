@@ -7,22 +7,15 @@ import itertools
 import time
 from pathlib import Path
 
-import numpy as np
-
 from benchmarks.cases import Case, full_batches
-from benchmarks.sides import Side, compared_steps
+from benchmarks.sides import Side, compared_steps, read_params
 
 
 def read_weights(path: Path) -> dict:
     """Returns the PyTorch state dict of the weights that `Ours.prepare` wrote."""
     from benchmarks.torch_models import state_from_flax
 
-    params: dict = {}
-    with np.load(path) as saved:
-        for name, value in saved.items():
-            layer, kind = name.split("/")
-            params.setdefault(layer, {})[kind] = value
-    return state_from_flax(params)
+    return state_from_flax(read_params(path))
 
 
 class PyTorch(Side):

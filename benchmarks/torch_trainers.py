@@ -114,7 +114,8 @@ class Trainer:
         self.recipe, self.device, self.channels_last = recipe, device, channels_last
         self.model = lookup(MODELS, recipe.model, "model")()
         if initial_state is not None:
-            self.model.load_state_dict(initial_state)
+            # Running statistics may be left out: they start where PyTorch starts them.
+            self.model.load_state_dict({**self.model.state_dict(), **initial_state})
         memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.model = self.model.to(device, memory_format=memory_format)
         self.optimizer = make_optimizer(recipe, self.model.parameters(), **self.optimizer_options)

@@ -28,10 +28,10 @@ class Worker:
 
     Args:
       side: `ours`, `ours-one` (one device), `ours-step` (a bare jitted step, on one device),
-        `ours-unfolded`, `ours-LOWERING`, several such words (`ours-step-lax`), or a PyTorch
-        peer's name; `map-16`, `vmap-16` or `torch-vmap-16` for so many replicas
-        (`replica_sides.py`); any of them with `@N` for a number of processors of its own, such
-        as `eager@1`.
+        `ours-unfolded`, `ours-plain` (`plain_networks.py`), `ours-LOWERING`, several such words
+        (`ours-step-lax`), or a PyTorch peer's name; `map-16`, `vmap-16` or `torch-vmap-16` for so
+        many replicas (`replica_sides.py`); any of them with `@N` for a number of processors of its
+        own, such as `eager@1`.
       options: of `add_options`, by name, for the worker's command line.
     """
 
@@ -108,11 +108,12 @@ def make_side(name: str, device: str):
     if name.split("-")[0] != "ours":
         return PyTorch(name, "cuda" if device == "gpu" else "cpu")
     words = name.split("-")[1:]
-    lowerings = [word for word in words if word not in ("step", "unfolded", "one")]
+    lowerings = [word for word in words if word not in ("step", "unfolded", "one", "plain")]
     lowering, fold = lowerings[0] if lowerings else "auto", "unfolded" not in words
     if "step" in words:
         return OurStep(lowering, fold)
-    return Ours(lowering, fold, devices="1" if "one" in words else "auto")
+    devices = "1" if "one" in words else "auto"
+    return Ours(lowering, fold, devices, plain="plain" in words)
 
 
 def describe(side: str) -> dict:

@@ -16,7 +16,7 @@ from quick import jit
 from tiny_data import copy_run, rows_of, tiny, words
 
 from cifar_jax import convert, evaluate, export, predict, train
-from cifar_jax.models import MODELS, model_of
+from cifar_jax.models import MODELS, model_of, plain
 from cifar_jax.models.layers import Flattened
 from cifar_jax.parallel import hardware
 from cifar_jax.recipes import RECIPES
@@ -216,11 +216,11 @@ def test_collections_over_devices_and_microbatches(accumulate):
 def test_a_constructor_gets_what_it_takes(monkeypatch):
     monkeypatch.setitem(MODELS, "bare", Bare)
     recipe = RECIPES["adam"].replace(model="bare")
-    assert model_of(recipe, 7) == Bare()
+    assert model_of(recipe, 7) == plain.fast(Bare())
+    assert isinstance(model_of(recipe, 7), Bare)
+    assert model_of(recipe, 7, "gemm").lowering == "gemm"
     assert choose_lowering("vmap", "auto", "bare") == "auto"
     assert choose_lowering("vmap", "auto", "dropout_cnn") == "gemm"
-    with pytest.raises(UserError, match="--conv gemm: bare computes its convolutions by itself"):
-        model_of(recipe, 7, "gemm")
     with pytest.raises(UserError, match="--remat: bare has no blocks"):
         model_of(recipe.replace(remat=True), 7)
 

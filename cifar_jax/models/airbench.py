@@ -65,7 +65,8 @@ class Group(nn.Module):
             norm = {"momentum": self.momentum, "epsilon": 1e-12, "use_scale": False}
             return BatchNorm(**norm, axis_name=self.axis_name, name=name)(x, train)
 
-        x = gelu(normed(max_pool(convolved(x, "conv1")), "norm1"))
+        x = max_pool(convolved(x, "conv1"), self.lowering)
+        x = gelu(normed(x, "norm1"))
         y = gelu(normed(convolved(x, "conv2"), "norm2"))
         return gelu(x + normed(convolved(y, "conv3"), "norm3")) if self.residual else y
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from cifar_jax.ops import convolution, layout
+from cifar_jax.ops import convolution, layout, windows
 from cifar_jax.ops.layout import Blocked
 from cifar_jax.runtime import keys
 
@@ -127,20 +127,23 @@ class Conv(nn.Module):
         if self.stride > 1:
             x = convolution.to_images(x)
             if self.kernel_size > 1:
-                return convolution.strided(x, kernel, self.stride, self.padding)
+                return convolution.strided(x, kernel, self.stride, self.padding, self.lowering)
             x = x[:, :: self.stride, :: self.stride]
         y = convolution.convolve(x, kernel, padding=self.padding, lowering=self.lowering)
         return convolution.to_images(y)
 
 
-def max_pool(x: jax.Array) -> jax.Array:
-    """2x2 max pool of stride 2 of [N, H, W, C]; an odd last row or column is dropped.
+def max_pool(x: jax.Array, lowering: str = "auto") -> jax.Array:
+    """2x2 max pool of stride 2 of [N, H, W, C]; an odd last row or column is dropped. On a CPU its
+    gradient is by hand (`ops/windows.py`), but for the lowering `lax`.
 
     Raises:
       UserError: images smaller than the pool.
     """
     if min(x.shape[1:3]) < 2:
         raise convolution.too_small(x.shape[1:3], "a 2x2 pool")
+    if lowering != "lax" and jax.default_backend() == "cpu":
+        return windows.max_pool(x, windows.Window((2, 2), (2, 2)))
     # Flax's name for it, by keyword: jax2onnx (`export.py`) gets a bare `reduce_window` wrong.
     return nn.max_pool(x, window_shape=(2, 2), strides=(2, 2))
 

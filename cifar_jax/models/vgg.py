@@ -126,7 +126,7 @@ class VGGBatchNorm(nn.Module):
             x = _convolution(Conv, module, position, features)(x)
             norm = BatchNorm(axis_name=module.axis_name, name=f"features_{position + 1}")
             x = nn.relu(norm(x, train))
-            return max_pool(x) if pool else x
+            return max_pool(x, module.lowering) if pool else x
 
         x = _features(self, x, layer, modules=3)
         return _linear(self.num_classes, "classifier")(x.mean(axis=(1, 2)))

@@ -1,7 +1,8 @@
 """How a convolution is computed: the choice of lowering, and the one function behind all.
 
 - `lax`: `lax.conv_general_dilated`, NHWC/HWIO. The choice on TPU, and on a GPU but for small steps.
-- `patches`: one matrix product of all neighbourhoods, NHWC. The choice for small steps on a GPU.
+- `patches`: one matrix product of all neighbourhoods, NHWC (`ops/windows.py`). The choice for small
+  steps on a GPU.
 - `gemm`: patches and one matrix product over blocks (`ops/im2col.py`).
 - `winograd`: Winograd's minimal filtering as batched matrix products (`ops/winograd.py`) for
   kernels of 3 and 5; other kernels take the `gemm` form.
@@ -20,10 +21,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from cifar_jax.ops import layout, winograd
+from cifar_jax.ops import layout, windows, winograd
 from cifar_jax.ops import pool as pool_ops
 from cifar_jax.ops.im2col import Geometry, im2col_conv
 from cifar_jax.ops.layout import Blocked
+from cifar_jax.ops.windows import Window
 from cifar_jax.ops.winograd import winograd_conv
 from cifar_jax.runtime.errors import UserError, check_batched, nearest
 
@@ -158,8 +160,13 @@ def to_images(x: jax.Array | Blocked) -> jax.Array:
     return layout.to_images(x) if isinstance(x, Blocked) else x
 
 
-def strided(x: jax.Array, kernel: jax.Array, stride: int, padding: int) -> jax.Array:
-    """Bare convolution of [N, H, W, C] with [k, k, C, F] and a stride, whatever the lowering."""
+def strided(
+    x: jax.Array, kernel: jax.Array, stride: int, padding: int, lowering: str = "auto"
+) -> jax.Array:
+    """Bare convolution of [N, H, W, C] with [k, k, C, F] and a stride: on a CPU by `windows`, but
+    for the lowering `lax`."""
+    if lowering != "lax" and jax.default_backend() == "cpu":
+        return _windows(x, kernel.astype(x.dtype), padding, stride)
     return lax.conv_general_dilated(
         x,
         kernel.astype(x.dtype),
@@ -181,19 +188,15 @@ def _images(x, kernel, bias, padding, pool, conv):
 
 
 def _lax(x, kernel, padding):
-    return strided(x, kernel, 1, padding)
+    return strided(x, kernel, 1, padding, "lax")
 
 
-def _patches(x, kernel, padding):
-    """A product of every pixel's neighbourhood, [N, H', W', k * k * C], with the kernel."""
-    k, _, _, features = kernel.shape
-    x = jnp.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
-    height, width = (size - k + 1 for size in x.shape[1:3])
-    shifted = [x[:, i : i + height, j : j + width] for i in range(k) for j in range(k)]
-    return jnp.concatenate(shifted, axis=-1) @ kernel.reshape(-1, features)
+def _windows(x, kernel, padding, stride=1):
+    window = Window(kernel.shape[:2], (stride, stride), ((padding, padding),) * 2)
+    return windows.convolve(x, kernel, window)
 
 
-_ON_IMAGES = {"lax": _lax, "patches": _patches}
+_ON_IMAGES = {"lax": _lax, "patches": _windows}
 
 
 def _blocks(x, kernel, bias, padding, pool, form, block):

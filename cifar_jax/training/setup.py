@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +16,7 @@ from jax.sharding import Mesh
 
 from cifar_jax import augment, input_pipeline, optimizers, steps
 from cifar_jax.datasets import Dataset, own_images
-from cifar_jax.models import init, model_of, own
+from cifar_jax.models import init, mode, model_of, own, plain
 from cifar_jax.parallel import hardware, placement, programs
 from cifar_jax.parallel.placement import Placement
 from cifar_jax.runtime.errors import UserError, lookup
@@ -55,7 +56,8 @@ class Run:
     """A run's constant parts: what `train`'s phases share.
 
     `shapes` is the state's, abstract, and `draw(key, **options)` makes a first one; `place` says
-    where the training images lie, and `notices` what there is to say of that.
+    where the training images lie, `forms` how a network in plain Flax is computed
+    (`models.plain.forms`), and `notices` what there is to say of both.
     """
 
     config: Config
@@ -74,6 +76,7 @@ class Run:
     train_many: Callable
     evaluate: Callable
     predict: Callable
+    forms: dict[str, dict[str, int]]
     initial: dict | None = None
     log: Callable[[dict], None] = lambda row: None
 
@@ -143,6 +146,7 @@ def make_run(
     input_pipeline.check_batch_size(recipe.batch_size, len(training))
     if model is None:
         model = model_of(recipe, len(dataset.class_names), options.lowering)
+    model = plain.fast(model, options.lowering)
     image_shape = dataset.splits["train"].images.shape[1:]
     if own.is_own(recipe.model):
         shape = input_shape(recipe, image_shape)
@@ -166,6 +170,9 @@ def make_run(
         devices = programs.sharing_a_batch(mesh)
         place, said = placement.place_for(size, devices, placement.device_memory())
     evaluate, predict = inference_steps(recipe, model)
+    batch = (recipe.batch_size, *input_shape(recipe, image_shape))
+    forms = plain.forms(model, batch, **mode(model, train=True))
+    notices = [*([plain.forms_line(forms)] if forms else []), *([said] if said else [])]
     return Run(
         config=config,
         dataset=dataset,
@@ -178,7 +185,8 @@ def make_run(
         shapes=shapes,
         mesh=mesh,
         place=place,
-        notices=[said] if said else [],
+        notices=notices,
+        forms=forms,
         draw=programs.compile_for_one_call(create, weights),
         train_many=programs.compile_training(step, mesh=mesh, remat=recipe.remat),
         evaluate=programs.compile_evaluation(evaluate, eval_mesh),
@@ -302,10 +310,8 @@ def swept_step_of(recipe: Recipe, model: nn.Module, steps_per_epoch: int) -> Cal
 
 def cpu_threads(recipe: Recipe, devices: str) -> int | None:
     """Returns `hardware.cpu_threads` of a recipe, its network sized for CIFAR-10. Starts no
-    backend: the answer is for `hardware.select_platform`. A network of the user's own, which may
-    not take such images, gets all of them."""
-    if own.is_own(recipe.model):
-        return None
+    backend: the answer is for `hardware.select_platform`. A network of the user's own that does
+    not take such images gets all of them."""
 
     def weights() -> int:
         model = model_of(recipe, 10, "lax")
@@ -313,6 +319,10 @@ def cpu_threads(recipe: Recipe, devices: str) -> int | None:
         shapes = jax.eval_shape(functools.partial(init, model), jax.random.key(0), images)
         return steps.parameter_count(shapes["params"])
 
+    if own.is_own(recipe.model):
+        with contextlib.suppress(Exception):  # `checks.check_own` says it, on the images there are
+            return hardware.cpu_threads(devices, recipe.batch_size, weights)
+        return None
     return hardware.cpu_threads(devices, recipe.batch_size, weights)
 
 

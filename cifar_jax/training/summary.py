@@ -69,6 +69,7 @@ def summarize(run: Run, trained: dict, found: dict) -> dict:
         "validation_images": len(run.validation),
         "feed": run.place,
         "lowering": run.options.lowering,
+        **({"plain_layers": run.forms} if run.forms else {}),
         "devices_sharing_a_batch": run.devices,
         "cpu_threads": hardware.computing_threads(),
         "precision": recipe.precision,

@@ -212,3 +212,43 @@ def test_bad_input_is_one_line(place, capsys, tmp_path, options, message):
         assert part in line, line
     after = snapshot(place)
     assert all(after.get(name) == content for name, content in before.items())
+
+
+PLAIN = """
+import flax.linen as nn
+
+class Net(nn.Module):
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, x, train):
+        x = nn.max_pool(nn.relu(nn.Conv(4, (3, 3), name="conv1")(x)), (2, 2), (2, 2))
+        x = nn.Conv(8, (3, 3), strides=2, use_bias=False, name="conv2")(x)
+        x = nn.relu(nn.BatchNorm(use_running_average=not train, momentum=0.9, name="norm")(x))
+        x = nn.max_pool(nn.Conv(8, (1, 1), name="conv3")(x), (2, 2), (2, 2))
+        return nn.Dense(self.num_classes)(x.mean((1, 2)))
+"""
+FORMS = {"convolution": {"gemm": 1, "patches": 2}, "pool": {"windows": 1}}
+
+
+def test_plain_layers_are_computed_fast_and_conv_lax_leaves_them(place):
+    (place / "plain.py").write_text(PLAIN)
+    options = f"{QUICK} {PHOTOS} --model plain.py:Net"
+    found, lines = run(train, *words(options), "--workdir", place / "fast")
+    assert found["plain_layers"] == FORMS
+    said = "Layers     3 plain convolutions: 1 by gemm, 2 by patches; 1 plain pool: 1 by windows"
+    assert f"{said} (--conv lax leaves them as they are)" in lines
+    plainly, lines = run(train, *words(options), "--conv", "lax", "--workdir", place / "lax")
+    assert "plain_layers" not in plainly
+    assert not any(line.startswith("Layers") for line in lines)
+    halves = options.replace("--devices 1", "--devices 2")
+    shared, _ = run(train, *words(halves), "--workdir", place / "two")
+    assert shared["devices_sharing_a_batch"] == 2
+    assert shared["plain_layers"] == FORMS
+    assert found["test_loss"] == pytest.approx(plainly["test_loss"], rel=1e-3)
+    first, second = (evaluation.load(place / name).variables for name in ("fast", "lax"))
+    assert jax.tree.structure(first) == jax.tree.structure(second)
+    for got, want in zip(*map(jax.tree.leaves, (first, second)), strict=True):
+        np.testing.assert_allclose(got, want, rtol=0, atol=2e-3)
+    again, _ = run(evaluate, place / "fast", "--conv", "lax", "--json")
+    assert again["test_correct"] == found["test_correct"]
