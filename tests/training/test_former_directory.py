@@ -35,6 +35,7 @@ def test_it_is_evaluated_to_what_it_recorded(former, tiny):
     assert found["test_loss"] == pytest.approx(recorded["test_loss"], rel=1e-5)
 
 
+@pytest.mark.extended  # of optimised programs: what that commit printed is of such
 def test_it_is_gone_on_with_as_by_the_commit_that_made_it(former, tiny):
     common = ["--data-dir", str(tiny), "--workdir", str(former), "--no-plots", "--no-report"]
     summary = train.main([*words(OPTIONS), "--epochs", "3", *common], say=id)
