@@ -49,7 +49,7 @@ def _weights_like(value):
     return jnp.sin(jnp.arange(value.size, dtype=value.dtype) * 1.7).reshape(value.shape)
 
 
-def _all_lowerings(arguments, lowerings=("lax", "gemm", "winograd"), **options):
+def _all_lowerings(arguments, lowerings=("lax", "gemm", "winograd", "pieces"), **options):
     @jit
     def run(arguments):
         def one(lowering):
@@ -314,6 +314,9 @@ def test_the_choice_on_a_cpu_and_elsewhere(monkeypatch):
     assert choose("auto", 3, 64, (8, 8), True) == ("winograd", 4)
     assert choose("auto", 3, 512, (2, 2), True) == ("winograd", 2)
     assert choose("auto", 7, 64, (8, 8), False)[0] == "gemm"  # no such Winograd form
+    assert choose("auto", 3, 64, (8, 8), True, images=1000) == ("pieces", 1)
+    assert choose("auto", 3, 3, (32, 32), True, images=1000) == ("gemm", 2)
+    assert choose("pieces", 5, 64, (8, 8), True, images=1000)[0] == "gemm"
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert choose("auto", 3, 64, (8, 8), True)[0] == "lax"
     assert choose("auto", 5, 6, (10, 10), True, images=4) == ("patches", 1)
