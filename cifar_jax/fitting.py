@@ -78,7 +78,7 @@ def fit(
       plots: draw a run directory's pictures; `Result.plot` draws them without.
       verbose: print what the command prints of training and test.
       device: auto, cpu, gpu or tpu.
-      conv: how convolutions are computed: auto, lax, gemm or winograd.
+      conv: how convolutions are computed: auto, lax, gemm, winograd or pieces.
       **settings: fields of `Recipe`, in place of the recipe's own.
 
     Returns:

@@ -103,6 +103,7 @@ class Airbench(nn.Module):
     remat: bool = False
     axis_name: str | None = None
     whitening = WHITENING
+    in_pieces = True
     torch_layers = (
         WHITENING,
         *(f"layers_{group}.conv{i}" for group in (1, 2, 3) for i in (1, 2)),

@@ -6,7 +6,7 @@
 - `winograd`: Winograd's minimal filtering as batched matrix products (`ops/winograd.py`) for
   kernels of 3 and 5; other kernels take the `gemm` form.
 - `pieces`: Winograd's with tiles as large as the map, the batch in pieces (`ops/pieces.py`,
-  `ops/large_tiles.py`), for kernels of 3. The choice for large batches on a CPU.
+  `ops/large_tiles.py`), for kernels of 3. The choice for large batches of airbench on a CPU.
 - `auto`: by backend and shape, from `choose`; `mixed` is its own, `winograd` where no gradient is
   taken and `gemm` where one is.
 
@@ -45,21 +45,24 @@ WINOGRAD_FROM_CHANNELS = 8
 # one CUDA graph. H100, jax 0.11.2, training steps/s against `lax`: tutorial_cnn b4 16,500 and
 # 9,600, dropout_cnn b20 10,100 and 5,900, adam b128 5,600 and 5,200. Larger ones are not measured.
 GPU_PATCHES_IMAGES, GPU_PATCHES_CHANNELS = 128, 32
-# A CPU computes 3x3 convolutions of so many images and more, of so many channels, in `pieces`.
-PIECES_IMAGES, PIECES_CHANNELS = 256, 16
+# From so many images on a device, a CPU computes networks that call `laid_out` in `pieces`. Others,
+# whose layers would go to and fro between pieces and images, were not measured.
+PIECES_IMAGES = 256
 YNN_OPTION = "xla_cpu_experimental_ynn_fusion_type"
 
 
-def cpu_compiler_options() -> dict[str, str]:
+def cpu_compiler_options(in_pieces: bool = False) -> dict[str, str]:
     """Options for `jax.jit(..., compiler_options=...)` of a program with these convolutions.
 
     jaxlib 0.10.2 wraps convolutions and whole chains of operations around products in YNNPACK
     fusions by default; leaving only single products to it is up to ten times faster for these
-    shapes. Returns {} off the CPU, and where XLA_FLAGS already sets the option.
+    shapes. The products of `in_pieces` are as large as Eigen likes them, which gets them all: a
+    step of airbench94 takes 0.85 times as long. Returns {} off the CPU, and where XLA_FLAGS already
+    sets the option.
     """
     if jax.default_backend() != "cpu" or YNN_OPTION in os.environ.get("XLA_FLAGS", ""):
         return {}
-    return {YNN_OPTION: "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}
+    return {YNN_OPTION: "" if in_pieces else "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}
 
 
 def choose(
@@ -89,7 +92,7 @@ def choose(
         backend = jax.default_backend()
         small = images <= GPU_PATCHES_IMAGES and channels <= GPU_PATCHES_CHANNELS
         off_cpu = "patches" if backend == "gpu" and small else "lax"
-        lowering = _fastest(kernel, channels, images) if backend == "cpu" else off_cpu
+        lowering = _fastest(kernel, channels) if backend == "cpu" else off_cpu
     if lowering == "pieces" and not large_tiles.supports(kernel):
         lowering = "gemm"
     if lowering in _ON_IMAGES:
@@ -103,9 +106,7 @@ def choose(
     return "mixed" if lowering == "mixed" else "gemm", block
 
 
-def _fastest(kernel: int, channels: int, images: int) -> str:
-    if large_tiles.supports(kernel) and images >= PIECES_IMAGES and channels >= PIECES_CHANNELS:
-        return "pieces"
+def _fastest(kernel: int, channels: int) -> str:
     if channels >= WINOGRAD_FROM_CHANNELS:
         return "winograd"
     if kernel != 5:
@@ -182,8 +183,13 @@ def laid_out(x: jax.Array, lowering: str, mask: jax.Array | None = None) -> jax.
     Args:
       mask: [N], 1 for images that count in statistics; None for all.
     """
-    form, _ = choose(lowering, 3, PIECES_CHANNELS, x.shape[1:3], images=x.shape[0])
-    return in_pieces.to_pieces(x, mask) if form == "pieces" else x
+    return in_pieces.to_pieces(x, mask) if takes_pieces(lowering, x.shape[0]) else x
+
+
+def takes_pieces(lowering: str, images: int) -> bool:
+    """Whether so many images on a device become `Pieces` in a network that calls `laid_out`."""
+    large = jax.default_backend() == "cpu" and images >= PIECES_IMAGES
+    return lowering == "pieces" or (lowering == "auto" and large)
 
 
 def strided(x: jax.Array, kernel: jax.Array, stride: int, padding: int) -> jax.Array:
