@@ -10,10 +10,11 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec
 
-from cifar_jax import augment, optimizers, steps
+from cifar_jax import augment, input_pipeline, optimizers, steps
 from cifar_jax.models import MODELS, init, make_model, model_of
+from cifar_jax.models.airbench import Airbench
 from cifar_jax.ops import pieces
-from cifar_jax.parallel import hardware, programs
+from cifar_jax.parallel import hardware, placement, programs
 from cifar_jax.recipes import RECIPES
 from cifar_jax.runtime.errors import UserError
 from cifar_jax.training import setup
@@ -324,6 +325,31 @@ def test_a_step_in_pieces_on_two_devices_is_the_step_of_lax(images, name, size, 
     for (path, a), b in zip(jax.tree.leaves_with_path(got), jax.tree.leaves(want), strict=True):
         error = np.abs(a - b).max() / np.abs(b).max()
         assert error < 1e-9, jax.tree_util.keystr(path)
+
+
+def test_evaluation_in_pieces_takes_whole_batches_and_finds_the_same(images):
+    """As the commands compile it, on two devices, with a batch that does not divide."""
+    mesh, many = hardware.data_mesh(2), np.tile(images, (23, 1, 1, 1))[:525]
+    labels = np.arange(525, dtype=np.int32) % 10
+    batches = input_pipeline.batches(np.arange(525, dtype=np.int32), 525)
+    variables = jax.jit(functools.partial(init, Airbench(widths=(8, 8, 8))))(
+        jax.random.key(0), jnp.zeros((1, 32, 32, 3))
+    )
+
+    def found(lowering, mesh):
+        model = Airbench(widths=(8, 8, 8), lowering=lowering)
+        evaluate, predict = setup.inference_steps(RECIPE.replace(tta="none"), model)
+        large = {"in_pieces": setup.in_pieces(model, 525, mesh)}
+        assert large["in_pieces"] == (lowering == "auto")
+        sums = programs.compile_evaluation(evaluate, mesh, **large)
+        logits = programs.compile_prediction(predict, mesh, **large)
+        examples = placement.put(many, labels, mesh)
+        return jax.device_get((sums(variables, examples, batches), logits(variables, many[None])))
+
+    (sums, logits), (want, want_logits) = found("auto", mesh), found("gemm", None)
+    assert sums["count"] == want["count"] == 525
+    assert sums["loss"] == pytest.approx(want["loss"], rel=1e-5)
+    np.testing.assert_allclose(logits, want_logits, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if name.startswith("airbench")])
