@@ -24,8 +24,8 @@ from jax import lax
 
 from cifar_jax.ops.layout import barrier, like, materialize
 
-# Images of a piece. On two Zen 5 cores 50 and 25 were slower; on a busy Intel machine 48 could not be
-# told from 200. A multiple of 8 keeps rows of images on whole vectors.
+# Images of a piece. On two Zen 5 cores 50 and 25 were slower; on a busy Intel machine 48 could not
+# be told from 200. A multiple of 8 keeps rows of images on whole vectors.
 IMAGES, MULTIPLE = 200, 8
 
 
