@@ -267,7 +267,9 @@ def add_device_options(parser: Parser) -> None:
     group.add_argument(
         "--devices", default="auto", help="devices that share a batch: auto, all or a number"
     )
-    group.add_argument("--conv", default="auto", help="convolutions: auto, lax, gemm or winograd")
+    group.add_argument(
+        "--conv", default="auto", help="convolutions: auto, lax, gemm, winograd, pieces"
+    )
 
 
 def add_replica_options(parser: Parser) -> None:

@@ -80,7 +80,7 @@ def fit(
         pictures without.
       verbose: print what the command prints of training and test.
       device: auto, cpu, gpu or tpu.
-      conv: how convolutions are computed: auto, lax, gemm or winograd.
+      conv: how convolutions are computed: auto, lax, gemm, winograd or pieces.
       **settings: fields of `Recipe`, in place of the recipe's own.
 
     Returns:

@@ -8,9 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import PartitionSpec
 
-from cifar_jax import augment, optimizers, steps
+from cifar_jax import augment, input_pipeline, optimizers, steps
 from cifar_jax.models import MODELS, init, make_model, model_of
+from cifar_jax.models.airbench import Airbench
+from cifar_jax.ops import pieces
+from cifar_jax.parallel import hardware, placement, programs
 from cifar_jax.recipes import RECIPES
 from cifar_jax.runtime.errors import UserError
 from cifar_jax.training import setup
@@ -281,6 +285,74 @@ def test_tta_equals_the_mean_over_its_views(images, original, tta):
     assert np.abs(got - plain).max() > 1e-4
 
 
+@pytest.mark.parametrize(("name", "size"), [("airbench", 32), ("airbench96", 24)])
+def test_a_step_in_pieces_on_two_devices_is_the_step_of_lax(images, name, size, monkeypatch):
+    """Gradients of all weights and running statistics, of a batch whose last images are masked."""
+    monkeypatch.setattr(pieces, "IMAGES", 4)
+    mesh = hardware.data_mesh(2)
+    x = np.asarray(images[:14, :size, :size], np.float64) / 127.5 - 1
+    labels = np.arange(14, dtype=np.int32) % 10
+    batch = {"image": x, "label": labels, "mask": (np.arange(14) < 11).astype(np.float32)}
+    with jax.enable_x64(True):
+        shapes = jnp.zeros((1, size, size, 3))
+        variables = jax.jit(functools.partial(init, make_model(name)))(jax.random.key(0), shapes)
+        variables = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), dict(variables))
+
+        def gradients(variables, batch, lowering, axis_name=None):
+            step = functools.partial(
+                steps.train_step,
+                model=make_model(name, lowering=lowering),
+                optimizer=optax.sgd(1.0),
+                preprocess=lambda images, *_, **__: images,
+                axis_name=axis_name,
+            )
+            state = steps.TrainState(
+                step=jnp.int32(0),
+                opt_state=optax.sgd(1.0).init(variables["params"]),
+                key=jax.random.key(0),
+                **variables,
+            )
+            state, sums = step(state, batch)
+            return state.params, state.batch_stats, sums["loss"]
+
+        split = programs.over_devices(
+            functools.partial(gradients, lowering="pieces", axis_name=hardware.AXIS),
+            mesh,
+            (PartitionSpec(), PartitionSpec(hardware.AXIS)),
+            PartitionSpec(),
+        )
+        got = jax.device_get(jax.jit(split)(variables, batch))
+        want = jax.device_get(jax.jit(gradients, static_argnums=2)(variables, batch, "lax"))
+    for (path, a), b in zip(jax.tree.leaves_with_path(got), jax.tree.leaves(want), strict=True):
+        error = np.abs(a - b).max() / np.abs(b).max()
+        assert error < 1e-9, jax.tree_util.keystr(path)
+
+
+def test_evaluation_in_pieces_takes_whole_batches_and_finds_the_same(images):
+    """As the commands compile it, on two devices, with a batch that does not divide."""
+    mesh, many = hardware.data_mesh(2), np.tile(images, (23, 1, 1, 1))[:525]
+    labels = np.arange(525, dtype=np.int32) % 10
+    batches = input_pipeline.batches(np.arange(525, dtype=np.int32), 525)
+    variables = jax.jit(functools.partial(init, Airbench(widths=(8, 8, 8))))(
+        jax.random.key(0), jnp.zeros((1, 32, 32, 3))
+    )
+
+    def found(lowering, mesh):
+        model = Airbench(widths=(8, 8, 8), lowering=lowering)
+        evaluate, predict = setup.inference_steps(RECIPE.replace(tta="none"), model)
+        large = {"in_pieces": setup.in_pieces(model, 525, mesh)}
+        assert large["in_pieces"] == (lowering == "auto")
+        sums = programs.compile_evaluation(evaluate, mesh, **large)
+        logits = programs.compile_prediction(predict, mesh, **large)
+        examples = placement.put(many, labels, mesh)
+        return jax.device_get((sums(variables, examples, batches), logits(variables, many[None])))
+
+    (sums, logits), (want, want_logits) = found("auto", mesh), found("gemm", None)
+    assert sums["count"] == want["count"] == 525
+    assert sums["loss"] == pytest.approx(want["loss"], rel=1e-5)
+    np.testing.assert_allclose(logits, want_logits, rtol=1e-3, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     "name",
     [
@@ -299,7 +371,7 @@ def test_lowerings_and_bfloat16_agree(images, name):
 
     want = logits(x, "lax")
     assert want.shape == (4, 10)
-    for lowering in ("auto", "gemm"):
+    for lowering in ("auto", "gemm", "pieces"):
         np.testing.assert_allclose(logits(x, lowering), want, rtol=1e-3, atol=1e-4)
     rough = np.asarray(logits(x.astype(jnp.bfloat16), "lax"), np.float32)
     np.testing.assert_allclose(rough, want, atol=0.1 * np.abs(want).max())

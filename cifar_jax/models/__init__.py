@@ -4,8 +4,9 @@ A model is a Flax linen module from images [N, H, W, C] to logits [N, num_classe
 `train` if its `__call__` takes that. Of `num_classes`, `lowering`, `remat` and `fold` its
 constructor gets what it takes. It may name in `whitening` a convolution whose kernel the images
 give (`augment.whitening_kernel`), hold collections of variables beside `params`
-(`steps.train_step`), and say in `torch_layers` how it reads PyTorch's weights
-(`weights/state_dict.py`). A user's own is named `mynet.py:Net` (`own.py`).
+(`steps.train_step`), say in `torch_layers` how it reads PyTorch's weights
+(`weights/state_dict.py`), and by `in_pieces = True` that it computes large batches so
+(`convolution.laid_out`). A user's own is named `mynet.py:Net` (`own.py`).
 """
 
 from __future__ import annotations

@@ -12,14 +12,16 @@ Names are those of the PyTorch original of airbench94.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from cifar_jax.models.layers import BatchNorm, Conv, Dense, block, max_pool, torch_uniform
-from cifar_jax.ops import convolution
+from cifar_jax.models.layers import BatchNorm, Conv, Dense, block, torch_uniform
+from cifar_jax.ops import convolution, pieces
+from cifar_jax.ops.pieces import Pieces
 from cifar_jax.runtime.errors import check_batched
 
 WHITENING = "whiten"
@@ -42,12 +44,14 @@ def unit_deviation(key, shape, dtype=jnp.float32):
     return drawn / drawn.std(ddof=1)
 
 
-def gelu(x: jax.Array) -> jax.Array:
+def gelu(x: jax.Array | Pieces) -> jax.Array | Pieces:
+    if isinstance(x, Pieces):
+        return dataclasses.replace(x, gelu=True)
     return nn.gelu(x, approximate=False)
 
 
 class Group(nn.Module):
-    """One of the three groups: [N, H, W, C] -> [N, H // 2, W // 2, features]."""
+    """One of the three groups: [N, H, W, C] -> [N, H // 2, W // 2, features], or as `Pieces`."""
 
     features: int
     residual: bool = False
@@ -56,19 +60,21 @@ class Group(nn.Module):
     axis_name: str | None = None
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        def convolved(x, name):
-            settings = {"padding": 1, "use_bias": False, "kernel_init": dirac}
+    def __call__(self, x: jax.Array | Pieces, train: bool) -> jax.Array | Pieces:
+        def convolved(x, name, pool=False):
+            settings = {"padding": 1, "pool": pool, "use_bias": False, "kernel_init": dirac}
             return Conv(self.features, 3, **settings, lowering=self.lowering, name=name)(x)
 
         def normed(x, name):
             norm = {"momentum": self.momentum, "epsilon": 1e-12, "use_scale": False}
             return BatchNorm(**norm, axis_name=self.axis_name, name=name)(x, train)
 
-        x = max_pool(convolved(x, "conv1"), self.lowering)
-        x = gelu(normed(x, "norm1"))
+        x = gelu(normed(convolved(x, "conv1", pool=True), "norm1"))
         y = gelu(normed(convolved(x, "conv2"), "norm2"))
-        return gelu(x + normed(convolved(y, "conv3"), "norm3")) if self.residual else y
+        if not self.residual:
+            return y
+        y = normed(convolved(y, "conv3"), "norm3")
+        return gelu(pieces.add(x, y) if isinstance(x, Pieces) else x + y)
 
 
 class Airbench(nn.Module):
@@ -97,6 +103,7 @@ class Airbench(nn.Module):
     remat: bool = False
     axis_name: str | None = None
     whitening = WHITENING
+    in_pieces = True
     torch_layers = (
         WHITENING,
         *(f"layers_{group}.conv{i}" for group in (1, 2, 3) for i in (1, 2)),
@@ -108,7 +115,9 @@ class Airbench(nn.Module):
         check_batched(x)
         if min(x.shape[1:3]) < 2 ** (len(self.widths) + 1) + 1:
             raise convolution.too_small(x.shape[1:3], "a whitening convolution and three pools")
-        zeros = None if self.whitening_bias else nn.initializers.zeros
+        zeros, given = None if self.whitening_bias else nn.initializers.zeros, x.dtype
+        mask = self.scope.root.get_variable("position", "mask", None)
+        x = convolution.laid_out(x, self.lowering, mask)
         x = gelu(Conv(24, 2, lowering=self.lowering, bias_init=zeros, name=WHITENING)(x))
 
         def group(module, x, number, features):
@@ -118,7 +127,7 @@ class Airbench(nn.Module):
 
         for number, features in enumerate(self.widths, start=1):
             x = block(self.remat, group, self, x, number=number, features=features)
-        x = x.max(axis=(1, 2))
+        x = pieces.global_max(x).astype(given) if isinstance(x, Pieces) else x.max(axis=(1, 2))
         drawn = unit_deviation if self.unit_head else None
         head = Dense(self.num_classes, use_bias=False, kernel_init=drawn, name="head")
         return head(x) * self.logit_scale

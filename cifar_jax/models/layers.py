@@ -6,6 +6,7 @@ the lowering of the convolution.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -15,8 +16,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from cifar_jax.ops import convolution, layout, windows
+from cifar_jax.ops import convolution, layout, pieces, windows
 from cifar_jax.ops.layout import Blocked
+from cifar_jax.ops.pieces import Pieces
 from cifar_jax.runtime import keys
 
 # What a model may state as `torch_layers`: the order of its layers is that of the numbers their
@@ -62,8 +64,8 @@ def block(remat: bool, function: Callable, module: nn.Module, x, **settings):
     return nn.remat(call)(module, x) if remat else call(module, x)
 
 
-def _channels(x: jax.Array | Blocked) -> int:
-    return x.channels if isinstance(x, Blocked) else x.shape[-1]
+def _channels(x: jax.Array | Blocked | Pieces) -> int:
+    return x.channels if isinstance(x, Blocked | Pieces) else x.shape[-1]
 
 
 class ConvRelu(nn.Module):
@@ -97,22 +99,24 @@ class ConvRelu(nn.Module):
 class Conv(nn.Module):
     """A bare convolution, for what puts a normalisation before the relu.
 
-    Input [N, H, W, C] float or `Blocked`; output [N, H', W', features], with a `stride` of 2 of
-    every second row and column. Parameters: `kernel`
-    [k, k, C, features] (HWIO), with `use_bias` also `bias` [features].
+    Input [N, H, W, C] float, `Blocked` or `Pieces`; output `Pieces` of `Pieces`, else
+    [N, H', W', features], with a `stride` of 2 of every second row and column, and with `pool`
+    through a 2x2 max pool. Parameters: `kernel` [k, k, C, features] (HWIO), with `use_bias` also
+    `bias` [features].
     """
 
     features: int
     kernel_size: int
     padding: int = 0
     stride: int = 1
+    pool: bool = False
     use_bias: bool = True
     lowering: str = "auto"
     kernel_init: Callable | None = None
     bias_init: Callable | None = None
 
     @nn.compact
-    def __call__(self, x: jax.Array | Blocked) -> jax.Array:
+    def __call__(self, x: jax.Array | Blocked | Pieces) -> jax.Array | Pieces:
         k, channels = self.kernel_size, _channels(x)
         init = torch_uniform(k * k * channels)
         shape = (k, k, channels, self.features)
@@ -121,16 +125,21 @@ class Conv(nn.Module):
         if not self.use_bias:
             return x
         bias = self.param("bias", self.bias_init or init, (self.features,))
+        if isinstance(x, Pieces):
+            return dataclasses.replace(x, shift=bias, sums=None)
         return x + bias.astype(x.dtype).reshape(1, 1, 1, -1)
 
-    def _convolve(self, x: jax.Array | Blocked, kernel: jax.Array) -> jax.Array:
+    def _convolve(self, x: jax.Array | Blocked | Pieces, kernel: jax.Array) -> jax.Array | Pieces:
         if self.stride > 1:
             x = convolution.to_images(x)
             if self.kernel_size > 1:
                 return convolution.strided(x, kernel, self.stride, self.padding, self.lowering)
             x = x[:, :: self.stride, :: self.stride]
-        y = convolution.convolve(x, kernel, padding=self.padding, lowering=self.lowering)
-        return convolution.to_images(y)
+        options = {"padding": self.padding, "lowering": self.lowering}
+        if isinstance(x, Pieces):
+            return convolution.convolve(x, kernel, pool=self.pool, **options)
+        y = convolution.to_images(convolution.convolve(x, kernel, **options))
+        return max_pool(y, self.lowering) if self.pool else y
 
 
 def max_pool(x: jax.Array, lowering: str = "auto") -> jax.Array:
@@ -151,12 +160,13 @@ def max_pool(x: jax.Array, lowering: str = "auto") -> jax.Array:
 class BatchNorm(nn.Module):
     """Batch normalisation over images and pixels, as `torch.nn.BatchNorm2d` with its defaults.
 
-    Input and output [N, H, W, C]. In training the mean and the biased variance of the batch are
-    used, and the running ones move by `momentum` towards the mean and the unbiased variance;
-    otherwise the running ones are used. Statistics are float32 (or the input's wider type), over
-    the images that count: where the variables hold `{"position": {"mask": [N]}}` those of mask 0
-    are left out, and where no image counts the running statistics stay. Parameters: `scale`, unless
-    `use_scale` is False, and `bias` [C]; `batch_stats`: `mean` and `var` [C].
+    Input and output [N, H, W, C], or `Pieces`, normalised by the layer that reads them. In training
+    the mean and the biased variance of the batch are used, and the running ones move by `momentum`
+    towards the mean and the unbiased variance; otherwise the running ones are used. Statistics are
+    float32 (or the input's wider type), over the images that count: where the variables hold
+    `{"position": {"mask": [N]}}` those of mask 0 are left out, and where no image counts the
+    running statistics stay. Parameters: `scale`, unless `use_scale` is False, and `bias` [C];
+    `batch_stats`: `mean` and `var` [C].
 
     Attributes:
       axis_name: under pmap or shard_map, the axis the batch is split over: statistics are then
@@ -169,13 +179,13 @@ class BatchNorm(nn.Module):
     use_scale: bool = True
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        shape = (x.shape[-1],)
+    def __call__(self, x: jax.Array | Pieces, train: bool) -> jax.Array | Pieces:
+        shape = (_channels(x),)
         scale = self.param("scale", nn.initializers.ones, shape) if self.use_scale else None
         bias = self.param("bias", nn.initializers.zeros, shape)
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, shape, bias.dtype)
         running_var = self.variable("batch_stats", "var", jnp.ones, shape, bias.dtype)
-        wide = x.astype(bias.dtype)
+        wide = pieces.applied(x) if isinstance(x, Pieces) else x.astype(bias.dtype)
         if train:
             mean, var, count = self._statistics(wide)
             if not self.is_initializing():
@@ -188,10 +198,16 @@ class BatchNorm(nn.Module):
         factor = lax.rsqrt(var + self.epsilon)
         factor = factor if scale is None else scale * factor
         shift = bias - mean * factor
+        if isinstance(wide, Pieces):
+            return dataclasses.replace(wide, factor=factor, shift=shift, sums=None)
         return (wide * factor.reshape(1, 1, 1, -1) + shift.reshape(1, 1, 1, -1)).astype(x.dtype)
 
-    def _statistics(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def _statistics(self, x: jax.Array | Pieces) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Mean and biased variance [C] over the images that count, and how many pixels did."""
+        if isinstance(x, Pieces):
+            sums, count = (self._sum(part) for part in pieces.statistics(x))
+            mean, square = sums / jnp.maximum(count, 1)
+            return mean, jnp.maximum(square - mean * mean, 0), count
         mask = self.scope.root.get_variable("position", "mask", None)
         pixels = x.shape[1] * x.shape[2]
         weight = jnp.ones(x.shape[:1], x.dtype) if mask is None else mask.astype(x.dtype)

@@ -52,6 +52,22 @@ def materialize(function: Callable[..., _T], *arrays: jax.Array) -> _T:
         return jax.jit(inside)(*arrays)
 
 
+def like(parameter: jax.Array, data: jax.Array) -> jax.Array:
+    """Marks a parameter as varying over the mesh axes that the data varies over.
+
+    Inside `shard_map` a hand-written gradient must vary like its input; the cast's own gradient
+    then adds the shards' contributions up, as for any other operation.
+    """
+    missing = tuple(_varying(data) - _varying(parameter))
+    return lax.pcast(parameter, missing, to="varying") if missing else parameter
+
+
+def _varying(x: jax.Array) -> frozenset:
+    """The manual mesh axes an array varies over (a field that jax 0.10 moved)."""
+    kind = jax.typeof(x)
+    return kind.mat.varying if hasattr(kind, "mat") else kind.vma
+
+
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["phases"],

@@ -79,14 +79,17 @@ def _coefficients(roots) -> list[Fraction]:
 
 
 @functools.cache
-def matrices(block: int, kernel: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns float64 (A [n, m], G [n, k], B [n, n]) of F(m, k), m = `block`.
+def matrices(
+    block: int, kernel: int, points: tuple | None = None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns float64 (A [n, m], G [n, k], B [n, n]) of F(m, k), m = `block`, by n - 1 `points`,
+    those of `POINTS` by default.
 
     Rows of G and columns of B are scaled against each other by powers of two, so that both
     stay near 1.
     """
     n = block + kernel - 1
-    points = [Fraction(p) for p in POINTS[n]]
+    points = [Fraction(p) for p in points or POINTS[n]]
     a, g, b = np.zeros((n, block)), np.zeros((n, kernel)), np.zeros((n, n))
     for j, point in enumerate(points):
         others = [p for p in points if p != point]

@@ -172,9 +172,12 @@ def tiles(batches: jax.Array, variables, fill: int = -1) -> jax.Array:
     return padded.reshape(-1, size, *batches.shape[2:])
 
 
-def evaluate_many(step: Callable, variables, examples: Examples, batch_indices: jax.Array):
-    """Adds up `step`'s sums over all batches of batch indices [batches, B]."""
-    batch_indices = tiles(batch_indices, variables)
+def evaluate_many(
+    step: Callable, variables, examples: Examples, batch_indices: jax.Array, whole: bool = False
+):
+    """Adds up `step`'s sums over all batches of batch indices [batches, B], each of them at a time
+    where it is `whole`, else in `tiles`."""
+    batch_indices = batch_indices if whole else tiles(batch_indices, variables)
 
     def body(sums, row):
         return jax.tree.map(jnp.add, sums, step(variables, examples.take(row))), None
@@ -184,22 +187,25 @@ def evaluate_many(step: Callable, variables, examples: Examples, batch_indices: 
     return lax.scan(body, zeros, batch_indices)[0]
 
 
-def predict_many(step: Callable, variables, images):
-    """Maps `step` over batches of images [batches, B, H, W, C]; returns [batches, B, classes]."""
-    found = lax.map(lambda batch: step(variables, batch), tiles(images, variables, fill=0))
+def predict_many(step: Callable, variables, images, whole: bool = False):
+    """Maps `step` over batches of images [batches, B, H, W, C]; returns [batches, B, classes].
+    `whole` as in `evaluate_many`."""
+    cut = images if whole else tiles(images, variables, fill=0)
+    found = lax.map(lambda batch: step(variables, batch), cut)
     batches, size = images.shape[:2]
     return found.reshape(batches, -1, found.shape[-1])[:, :size]
 
 
-def compiler_options(remat: bool = False) -> dict[str, Any]:
-    """Returns the XLA options every program here is compiled with, {} for none.
+def compiler_options(remat: bool = False, in_pieces: bool = False) -> dict[str, Any]:
+    """Returns the XLA options every program here is compiled with, {} for none; `in_pieces` as in
+    `compile_training`.
 
     XLA:CPU drops the barriers around what `jax.checkpoint` computes again, and then finds that it
     has it already: with `remat` they are kept.
     """
     from cifar_jax.ops import convolution
 
-    options = convolution.cpu_compiler_options()
+    options = convolution.cpu_compiler_options(in_pieces)
     if remat and jax.default_backend() == "cpu":
         options["xla_disable_hlo_passes"] = "cse_barrier_expander"
     return options
@@ -228,6 +234,7 @@ def compile_training(
     *,
     train: Callable = train_many,
     own: P = WHOLE,
+    in_pieces: bool = False,
 ) -> Callable:
     """Returns `run(changing, examples, batch_indices, row, start, length, hparams={}) -> changing`,
     jitted.
@@ -242,6 +249,7 @@ def compile_training(
         The arguments lie on it already (`cifar_jax.parallel.placement`): from elsewhere they would
         make a second program.
       train, own: `train_many`, and how what a run has of its own is split over the mesh.
+      in_pieces: whether the model computes batches of this size so (`setup.in_pieces`).
     """
     if static_length is None:
         static_length = jax.default_backend() != "cpu"
@@ -262,7 +270,8 @@ def compile_training(
         return over_devices(steps, mesh, specs, own, check=own == WHOLE)(*arrays)
 
     static = {"static_argnames": ("length",)} if static_length else {}
-    jitted = jax.jit(program, donate_argnums=0, compiler_options=compiler_options(remat), **static)
+    xla = compiler_options(remat, in_pieces)
+    jitted = jax.jit(program, donate_argnums=0, compiler_options=xla, **static)
 
     def run(changing, examples, batch_indices, row: int, start: int, length: int, hparams=None):
         length = int(length) if static_length else np.int32(length)
@@ -279,9 +288,12 @@ def compile_evaluation(
     *,
     evaluate: Callable = evaluate_many,
     own: P = WHOLE,
+    in_pieces: bool = False,
 ) -> Callable:
     """Returns `run(variables, examples, batch_indices) -> sums`, jitted; arguments as in
     `compile_training`, each device adding up its part of the batches."""
+    if in_pieces:
+        evaluate = functools.partial(evaluate, whole=True)
 
     def sums_of(variables, examples, batch_indices):
         sums = evaluate(step, variables, examples, batch_indices)
@@ -294,7 +306,7 @@ def compile_evaluation(
         summed = over_devices(sums_of, mesh, specs, own, check=False)
         return summed(variables, examples, batch_indices)
 
-    jitted = jax.jit(program, compiler_options=compiler_options())
+    jitted = jax.jit(program, compiler_options=compiler_options(in_pieces=in_pieces))
 
     def run(variables, examples, batch_indices):
         return jitted(*_to_processes((variables, examples, batch_indices), mesh))
@@ -303,19 +315,22 @@ def compile_evaluation(
     return run
 
 
-def compile_prediction(step: Callable, mesh: Mesh | None = None) -> Callable:
-    """Returns `run(variables, images [batches, B, H, W, C]) -> logits`, jitted; `mesh` as in
-    `compile_training`."""
+def compile_prediction(
+    step: Callable, mesh: Mesh | None = None, *, in_pieces: bool = False
+) -> Callable:
+    """Returns `run(variables, images [batches, B, H, W, C]) -> logits`, jitted; `mesh` and
+    `in_pieces` as in `compile_training`."""
 
     def program(variables, images):
-        predict = functools.partial(predict_many, step)
+        predict = functools.partial(predict_many, step, whole=in_pieces)
         predict = over_devices(predict, mesh, (WHOLE, P(None, AXIS)), P(None, AXIS))
         logits = predict(variables, pad_to_divide(images, sharing_a_batch(mesh), 0))
         return logits[:, : images.shape[1]]
 
     # Each process reads all logits, and computes only a part of them.
     whole = everywhere(mesh) if mesh is not None and mesh.is_multi_process else None
-    jitted = jax.jit(program, compiler_options=compiler_options(), out_shardings=whole)
+    xla = compiler_options(in_pieces=in_pieces)
+    jitted = jax.jit(program, compiler_options=xla, out_shardings=whole)
     return lambda *arrays: jitted(*_to_processes(arrays, mesh))
 
 

@@ -179,9 +179,10 @@ def programs(
     weights = steps.parameter_count(trained.variables["params"])
     mesh = hardware.data_mesh(hardware.choose_devices(devices, batch_size, weights))
     evaluate, predict = setup.inference_steps(recipe, trained.model)
+    options = {"in_pieces": setup.in_pieces(trained.model, batch_size, mesh)}
     return parallel_programs.compile_evaluation(
-        evaluate, mesh
-    ), parallel_programs.compile_prediction(predict, mesh)
+        evaluate, mesh, **options
+    ), parallel_programs.compile_prediction(predict, mesh, **options)
 
 
 def check_fits(trained: Trained, dataset: Dataset) -> None:

@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from cifar_jax import augment, input_pipeline, optimizers, steps
 from cifar_jax.datasets import Dataset, own_images
 from cifar_jax.models import init, mode, model_of, own, plain
+from cifar_jax.ops import convolution
 from cifar_jax.parallel import hardware, placement, programs
 from cifar_jax.parallel.placement import Placement
 from cifar_jax.runtime.errors import UserError, lookup
@@ -164,6 +165,8 @@ def make_run(
         for batch_size in (recipe.batch_size, recipe.eval_batch_size)
     )
     eval_mesh = mesh or eval_mesh  # weights that are on a mesh stay there
+    train_in_pieces = in_pieces(model, recipe.batch_size, mesh)
+    eval_in_pieces = in_pieces(model, recipe.eval_batch_size, eval_mesh)
     place, said = Placement(options.feed), None
     if place is Placement.RESIDENT:
         size = dataset.splits["train"].images.nbytes
@@ -188,10 +191,19 @@ def make_run(
         notices=notices,
         forms=forms,
         draw=programs.compile_for_one_call(create, weights),
-        train_many=programs.compile_training(step, mesh=mesh, remat=recipe.remat),
-        evaluate=programs.compile_evaluation(evaluate, eval_mesh),
-        predict=programs.compile_prediction(predict, eval_mesh),
+        train_many=programs.compile_training(
+            step, mesh=mesh, remat=recipe.remat, in_pieces=train_in_pieces
+        ),
+        evaluate=programs.compile_evaluation(evaluate, eval_mesh, in_pieces=eval_in_pieces),
+        predict=programs.compile_prediction(predict, eval_mesh, in_pieces=eval_in_pieces),
     )
+
+
+def in_pieces(model: nn.Module, batch_size: int, mesh: Mesh | None) -> bool:
+    """Whether a model computes its part of such a batch as `ops.pieces.Pieces`."""
+    images = batch_size // programs.sharing_a_batch(mesh)
+    declared = getattr(model, "in_pieces", False)
+    return declared and convolution.takes_pieces(model.lowering, images)
 
 
 def check_whitening(recipe: Recipe, model: nn.Module, training_images: int) -> None:

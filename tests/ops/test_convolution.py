@@ -12,7 +12,13 @@ from quick import jit
 
 from cifar_jax.models import make_model
 from cifar_jax.ops import layout, pool, winograd
-from cifar_jax.ops.convolution import choose, convolve, cpu_compiler_options, to_images
+from cifar_jax.ops.convolution import (
+    choose,
+    convolve,
+    cpu_compiler_options,
+    takes_pieces,
+    to_images,
+)
 from cifar_jax.ops.im2col import Geometry
 from cifar_jax.runtime.errors import UserError
 
@@ -49,7 +55,7 @@ def _weights_like(value):
     return jnp.sin(jnp.arange(value.size, dtype=value.dtype) * 1.7).reshape(value.shape)
 
 
-def _all_lowerings(arguments, lowerings=("lax", "gemm", "winograd"), **options):
+def _all_lowerings(arguments, lowerings=("lax", "gemm", "winograd", "pieces"), **options):
     @jit
     def run(arguments):
         def one(lowering):
@@ -314,11 +320,16 @@ def test_the_choice_on_a_cpu_and_elsewhere(monkeypatch):
     assert choose("auto", 3, 64, (8, 8), True) == ("winograd", 4)
     assert choose("auto", 3, 512, (2, 2), True) == ("winograd", 2)
     assert choose("auto", 7, 64, (8, 8), False)[0] == "gemm"  # no such Winograd form
+    assert takes_pieces("auto", 1000)
+    assert not takes_pieces("auto", 128)
+    assert choose("pieces", 3, 64, (8, 8), True) == ("pieces", 1)
+    assert choose("pieces", 5, 64, (8, 8), True, images=1000)[0] == "gemm"
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert choose("auto", 3, 64, (8, 8), True)[0] == "lax"
     assert choose("auto", 5, 6, (10, 10), True, images=4) == ("patches", 1)
     assert choose("auto", 5, 6, (10, 10), True, images=512) == ("lax", 1)
     assert choose("winograd", 3, 64, (8, 8), True)[0] == "winograd"
+    assert not takes_pieces("auto", 1000)
     assert cpu_compiler_options() == {}
 
 
