@@ -64,7 +64,8 @@ def draw(figure, counts: np.ndarray, class_names: Sequence[str], most_names: int
         values = np.ma.masked_array(share, ~shown)
         picture = axis.imshow(values, cmap=ramp, vmin=0, vmax=end, interpolation="nearest")
         bars.append((picture, label))
-    axis.set_title(f"Accuracy {100 * right / max(total, 1):.2f} % ({right}/{total})", pad=10)
+    title = f"Accuracy {100 * right / max(total, 1):.2f} % ({right}/{total})"
+    axis.set_title(title, pad=10 if classes > 5 else 24)  # a narrow one's would reach "recall"
     names = [plots.short(name, 20) for name in class_names][::every]
     at = range(0, classes, every)
     axis.set_xticks(at, names, rotation=90 if classes > 20 else 45, fontsize=font)

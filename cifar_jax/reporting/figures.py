@@ -43,12 +43,20 @@ class _Holder:
 
 
 @contextlib.contextmanager
-def _drawing(name: str, about: str, width: float = WIDTH, height: float = HEIGHT) -> Iterator:
+def _drawing(
+    name: str,
+    about: str,
+    width: float = WIDTH,
+    height: float = HEIGHT,
+    margins: tuple[float, float] | None = (0.72, 0.52),
+) -> Iterator:
     """Yields a figure and what holds its `svg` after the block.
 
     Args:
       name: of the figure in its page: what its ids begin with.
       about: what a reader who does not see it is told.
+      margins: what is left free for labels on the left and below, in inches; None lets matplotlib
+        measure every label, twice, which takes longer than all the drawing.
     """
     plots.load_matplotlib()
     import matplotlib.style
@@ -57,14 +65,21 @@ def _drawing(name: str, about: str, width: float = WIDTH, height: float = HEIGHT
 
     style = {"svg.fonttype": "none", "svg.hashsalt": "cifar_jax", "axes.facecolor": "none"}
     with matplotlib.style.context(["default", plots.STYLE, style]):
-        figure = Figure(figsize=(width, height), dpi=72, layout="constrained")
+        figure = Figure(figsize=(width, height), dpi=72)
         FigureCanvasSVG(figure)
-        figure.get_layout_engine().set(w_pad=0.04, h_pad=0.04)
         holder, file = _Holder(), io.StringIO()
+        if margins:
+            left, below = margins
+            figure.subplots_adjust(
+                left / width, below / height, 1 - 0.15 / width, 1 - 0.3 / height, hspace=0.12
+            )
+        else:
+            figure.set_layout_engine("constrained", w_pad=0.04, h_pad=0.04)
         yield figure, holder
-        # Saving would draw all once more only to lay it out.
-        figure.get_layout_engine().execute(figure)
-        figure.set_layout_engine(None)
+        if not margins:
+            # Saving would draw all once more only to lay it out.
+            figure.get_layout_engine().execute(figure)
+            figure.set_layout_engine(None)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Glyph .* missing from font")
             figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
@@ -90,11 +105,11 @@ def _inline(text: str, name: str, about: str) -> str:
 def curve(rows: Sequence[Mapping], what: str) -> Svg:
     """The `loss` or `accuracy` by epoch."""
     about = f"{what.capitalize()} of training and validation by epoch; the table below has numbers"
-    with _drawing(what, about, height=3.3) as (figure, holder):
+    with _drawing(what, about, height=3.3, margins=(0.72, 0.95)) as (figure, holder):
         axis = figure.subplots()
         plots.draw_curve(axis, rows, what)
         axis.title.set_fontsize(9)
-        figure.legend(loc="outside lower center", ncols=2, fontsize=8.5)
+        figure.legend(loc="lower center", ncols=2, fontsize=8.5)
     return holder.svg
 
 
@@ -118,7 +133,8 @@ def overlaid_curves(rows_of: Mapping[str, Sequence[Mapping]]) -> Svg:
     """The accuracy of several runs by epoch, on validation images where there are any."""
     about = "Accuracy by epoch of each run, on validation images or else in training"
     height = 3.1 + 0.18 * len(rows_of)
-    with _drawing("overlaid", about, height=height) as (figure, holder):
+    margins = (0.72, 0.6 + 0.18 * len(rows_of))
+    with _drawing("overlaid", about, height=height, margins=margins) as (figure, holder):
         axis = figure.subplots()
         for k, (name, rows) in enumerate(rows_of.items()):
             epochs = [row for row in rows if row["kind"] == "epoch"]
@@ -132,7 +148,7 @@ def overlaid_curves(rows_of: Mapping[str, Sequence[Mapping]]) -> Svg:
         axis.set(xlabel="epoch")
         axis.set_title("Accuracy, %", fontsize=9)
         axis.grid(axis="y")
-        figure.legend(loc="outside lower center", fontsize=8.5)
+        figure.legend(loc="lower center", fontsize=8.5)
     return holder.svg
 
 
@@ -143,8 +159,12 @@ def confusion(counts: np.ndarray, class_names: Sequence[str]) -> Svg:
         "Confusion matrix: true classes in rows, predicted in columns; the most frequent mistakes "
         "are listed after it"
     )
-    height = side + (0.9 if len(counts) <= 20 else 1.6)
-    with _drawing("confusion", about, side + 2.5, height) as (figure, holder):
+    longest = max(len(plots.short(name, 20)) for name in class_names)
+    left = 0.4 + 0.075 * longest  # inches; a letter at 8.5 points
+    below = 0.35 + (0.055 if len(counts) <= 20 else 0.075) * longest  # at 45 degrees, or upright
+    size = side + 1.6 + left, side + 0.4 + below
+    margins = (left, below) if len(counts) > 5 else None
+    with _drawing("confusion", about, *size, margins=margins) as (figure, holder):
         confusion_matrix.draw(figure, counts, class_names, most_names=20)
     return holder.svg
 
@@ -162,7 +182,7 @@ def reliability(found: scores.Reliability, after: scores.Reliability | None) -> 
         f"Reliability diagram: share right against confidence in {bins} bins; below, the share of "
         "predictions in each bin"
     )
-    with _drawing("reliability", about, height=4.2) as (figure, holder):
+    with _drawing("reliability", about, height=4.2, margins=(0.72, 0.78)) as (figure, holder):
         axis, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
         axis.plot([0, 1], [0, 1], color=plots.QUIET, lw=1, ls=(0, (4, 3)), label="calibrated")
         heights = np.nan_to_num(found.accuracy)
@@ -181,7 +201,7 @@ def reliability(found: scores.Reliability, after: scores.Reliability | None) -> 
         share = 100 * found.count / max(found.count.sum(), 1)
         below.bar(edges, share, width, align="edge", color=plots.BLUE, alpha=0.6, ec="none")
         below.set(xlabel="confidence: probability of the class predicted", ylabel="images, %")
-        figure.legend(loc="outside lower center", ncols=3, fontsize=8.5)
+        figure.legend(loc="lower center", ncols=3, fontsize=8.5)
     return holder.svg
 
 
@@ -204,7 +224,7 @@ def spread(
 ) -> Svg:
     """The distribution of the test accuracy over runs, in percent."""
     about = f"Test accuracy of {len(percent)} runs, from {min(percent):.2f} to {max(percent):.2f} %"
-    with _drawing("spread", about, width=6.4, height=3.2) as (figure, holder):
+    with _drawing("spread", about, width=6.4, height=3.2, margins=None) as (figure, holder):
         axis = figure.subplots()
         distribution.draw_histogram(axis, percent, found, ensemble=ensemble, published=published)
         axis.set(xlabel="test accuracy, %")

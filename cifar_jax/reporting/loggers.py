@@ -124,7 +124,10 @@ def opened(
         try:
             return action(*arguments)
         except Exception as error:  # of a package that is not ours, of its server, of the disk
-            alive.pop(name)
+            logger = alive.pop(name)
+            if logger is not None and action != logger.close:
+                with contextlib.suppress(Exception):
+                    logger.close()
             say(f"warning: --log {name}: {one_line(error)}; the run goes on without")
 
     def append(row: Mapping) -> None:

@@ -145,9 +145,8 @@ class Runs:
             for data, rows, length in input_pipeline.stream(
                 source, mine, step, lengths.streamed(size)
             ):
-                agreement.allgather(
-                    length
-                )  # before a program on all devices, an error is told here
+                # An error of one process is told here, before a program on all devices.
+                agreement.allgather(length)
                 yield Chunk(*placement.put_chunk(data, rows, run.mesh), 0, step, length)
                 step += length
             return

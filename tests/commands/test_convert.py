@@ -203,9 +203,11 @@ def test_stopped_and_going_on_ends_with_the_same_bits(files, tiny, tmp_path, mon
     assert any(line.startswith("Going on from step") for line in lines)
     summary = json.loads((tmp_path / "parts" / "summary.json").read_text())
     assert summary["init_from"].pop("source") == str(files / "best.pth")
+    assert str(files / "best.pth") in summary.pop("command")
     (tmp_path / "parts" / "summary.json").write_text(json.dumps(summary))
     whole = json.loads((tmp_path / "whole" / "summary.json").read_text())
     whole["init_from"].pop("source")
+    whole.pop("command")
     (tmp_path / "whole" / "summary.json").write_text(json.dumps(whole))
     assert_same_run(tmp_path / "parts", tmp_path / "whole")
     first = rows_of(tmp_path / "whole", "epoch")[0]

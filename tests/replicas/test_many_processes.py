@@ -184,6 +184,7 @@ def test_groups_go_to_whoever_is_free(tmp_path, monkeypatch):
     assert said == ["Waiting for other processes, which train group 4 of 5"]
 
 
+@pytest.mark.slow
 def test_a_sweep_is_shared_too(tiny, folder, tmp_path):
     """Two programs, of which each process trains a part."""
     axes = "--learning-rate 1e-4,1e-3,1e-2,1000 --batch-size 30,60"

@@ -46,7 +46,7 @@ def test_the_ensemble_is_the_mean_of_probabilities(tmp_path):
         np.save(folder / "probabilities.npy", np.array(share, np.float32))
         per_class = [{"class": "cat", "accuracy": 0.5 * (1 - i)}, {"class": "dog", "accuracy": 0.0}]
         run = {"seed": i, "test_accuracy": 0.5 * (1 - i), "test_loss": 1.0, "per_class": per_class}
-        run |= {"best_epoch": None, "best_validation_loss": None}
+        run |= {"epochs": 2, "best_epoch": None, "best_validation_loss": None}
         (folder / "summary.json").write_text(json.dumps(run))
     found = statistics.of_directories([tmp_path / "0", tmp_path / "1"], labels)
     assert (found["ensemble"]["test_correct"], found["ensemble"]["test_accuracy"]) == (1, 0.5)

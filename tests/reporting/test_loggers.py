@@ -113,6 +113,7 @@ def test_what_fails_is_told_once_and_the_others_go_on(tmp_path, monkeypatch):
     monkeypatch.setattr(Remembered, "log", lambda *_, **__: 1 / 0)
     said = log(("trackio",), tmp_path)
     assert said == ["warning: --log trackio: division by zero; the run goes on without"]
+    assert runs[0].ended, "what it holds open is closed all the same"
 
 
 def test_what_is_not_there_is_refused_before_the_run(monkeypatch):

@@ -48,7 +48,7 @@ def small():
     return (colours[labels] + noise).astype(np.uint8), labels
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [name for name in MODELS if ":" not in name])
 def test_parameter_counts_are_the_published_ones(name):
     with torch.device("meta"):
         model = MODELS[name]()
