@@ -22,6 +22,14 @@ def make_parser() -> cli.Parser:
     )
     parser.add_argument("--batch-size", type=cli.positive, default=500, help="images in a batch")
     cli.add_tta(parser)
+    parser.add_argument(
+        "--corruptions",
+        nargs="?",
+        const="",
+        metavar="FOLDER",
+        help="also on fifteen corruptions at five severities: made of the split's images, or read "
+        "from a FOLDER with CIFAR-10-C's .npy files; writes corruptions.json and .png to the run",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     cli.add_data_options(parser)
     cli.add_device_options(parser)
@@ -80,12 +88,11 @@ def main(arguments: Sequence[str] | None = None, say=print) -> dict:
         options.image_size = side
     dataset, split = _load(options, trained.config)
     evaluation.check_fits(trained, dataset)
+    if options.corruptions is not None:
+        _check_corruptible(split.images)
+    programs = evaluation.programs(trained, options.devices, options.batch_size, options.tta)
     found, _ = evaluation.evaluate_split(
-        *evaluation.programs(trained, options.devices, options.batch_size, options.tta),
-        trained.variables,
-        split,
-        dataset.class_names,
-        options.batch_size,
+        *programs, trained.variables, split, trained.class_names, options.batch_size
     )
     result = metrics_log.to_json(
         {
@@ -97,15 +104,67 @@ def main(arguments: Sequence[str] | None = None, say=print) -> dict:
             **found,
         }
     )
+    if not options.json:
+        for line in trained.notices:
+            say(f"warning: {line}")
+        say(f"{trained.config.recipe.model} after step {trained.step}, from {trained.directory}")
+        say(f"{options.split} split of {dataset.source}, on {hardware.describe_device()}")
+        say(console.results_lines(result, split=options.split.capitalize()))
+    if options.corruptions is not None:
+        result["corruptions"] = _corruptions(options, trained, programs[0], split, result, say)
     if options.json:
         say(json_text(result))
-        return result
-    for line in trained.notices:
-        say(f"warning: {line}")
-    say(f"{trained.config.recipe.model} after step {trained.step}, from {trained.directory}")
-    say(f"{options.split} split of {dataset.source}, on {hardware.describe_device()}")
-    say(console.results_lines(result, split=options.split.capitalize()))
     return result
+
+
+def _check_corruptible(images) -> None:
+    if images.shape[1:3] != (32, 32):
+        raise UserError(
+            "the numbers of --corruptions are for images of 32x32 pixels, these have "
+            f"{images.shape[1]}x{images.shape[2]}"
+        )
+
+
+def _corruptions(options, trained, evaluate, split, clean, say) -> dict:
+    """Evaluates on every corruption; writes and says what was found, and returns it."""
+    from cifar_jax.datasets import Split, corruptions
+    from cifar_jax.reporting import plots, robustness
+    from cifar_jax.runtime.files import expanded, write_json
+    from cifar_jax.runtime.progress import Progress
+    from cifar_jax.training import evaluation
+
+    folder, errors = options.corruptions and expanded(options.corruptions), {}
+    severities = range(1, corruptions.SEVERITIES + 1)
+    total = len(corruptions.CORRUPTIONS) * len(severities) * len(split.labels)
+    with Progress(total, doing="corrupting", shown=not options.json) as bar:
+        for name in corruptions.CORRUPTIONS:
+            errors[name] = []
+            for severity in severities:
+                if folder:
+                    images, labels = corruptions.load_prepared(folder, name, severity)
+                else:
+                    images, labels = corruptions.corrupt(split.images, name, severity), split.labels
+                if labels.max(initial=0) >= len(trained.class_names):
+                    raise UserError(f"{folder} has a label {labels.max()}: another set's images")
+                accuracy = evaluation.accuracy_on(
+                    evaluate, trained.variables, Split(images, labels), options.batch_size
+                )
+                errors[name].append(1 - accuracy)
+                bar.update(len(labels))
+    found = robustness.summarize(errors, 1 - clean["test_accuracy"])
+    found = {"images": (folder and str(folder)) or "made of the split's", **clean, **found}
+    path = trained.directory / "corruptions.json"
+    write_json(path, found)
+    picture = path.with_suffix(".png")
+    title = f"{trained.config.recipe.model}, step {trained.step}"
+    plots.attempt(
+        {picture: lambda path: robustness.heat_map(found, title, path)},
+        lambda line: None if options.json else say(line),
+    )
+    if not options.json:
+        say(robustness.lines(found))
+        say(f"Written to {path} and {picture.name}")
+    return found
 
 
 if __name__ == "__main__":

@@ -127,6 +127,7 @@ def float64():
     torch.set_default_dtype(torch.float32)
 
 
+@pytest.mark.extended  # steps of plain JAX, which unoptimised take minutes
 def test_both_columns_end_at_the_same_losses(cifar10, float64, tmp_path, monkeypatch):
     sizes = {"train": TRAIN, "test": TEST}
     splits = {

@@ -62,7 +62,7 @@ print(json.dumps({"loaded": loaded, "correct": summary["test_correct"]}))
 
 
 def test_training_loads_neither_torch_nor_tensorflow(tiny, tmp_path):
-    options = ["--recipe", "adam", "--epochs", 1, "--conv", "lax", "--no-plots"]
+    options = words("--recipe adam --epochs 1 --batch-size 60 --conv gemm --no-plots")
     result = printed(TRAIN, *options, "--data-dir", tiny, "--workdir", tmp_path / "run")
     assert result["loaded"] == []
     assert 0 <= result["correct"] <= 200

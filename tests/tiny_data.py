@@ -30,12 +30,12 @@ SIZES = {"train": 600, "test": 200}
 # Everything that carries state from step to step: Adam's moments, an averaged copy of the weights,
 # a schedule, random augmentation, a partly filled last batch, a window that straddles saves.
 RICH = [
-    *words("--recipe adam --conv lax --devices 1 --epochs 4 --batch-size 14"),
+    *words("--recipe adam --conv gemm --devices 1 --epochs 4 --batch-size 14"),
     *words("--learning-rate 0.003 --schedule cosine --warmup-epochs 1 --ema-decay 0.8"),
     *words("--augment flip,translate --select-best --log-every 8"),
 ]
-# The same with dropout as well, and the default convolutions, in a network of less to compile.
-RICH_SMALL = [*RICH, *words("--model small --conv auto")]
+# The same with dropout as well, in a network of less to compile.
+RICH_SMALL = [*RICH, *words("--model small")]
 STEPS = 35  # an epoch of 480 images in batches of 14; the last holds 4
 
 

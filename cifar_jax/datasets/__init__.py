@@ -131,7 +131,7 @@ def load_dataset(
     Args:
       name: `cifar10`, `cifar100`, `shapes10`, or any prepared tfds set whose features are one
         image and one class label: `name`, `name/config`, with or without `:1.2.3`; or images of
-        one's own, `folder:PATH` and `npz:FILE` (`own_images.py`).
+        one's own, `folder:PATH`, `npz:FILE` and `npy:FILE` (`own_images.py`).
       data_dir: a tfds data directory, or a prepared set itself: nothing else is searched then.
       archive: a CIFAR archive or the extracted folder, see `archives.read_archive`.
       image_size: side in pixels to which images are resized; None requires 32x32 images.

@@ -1,9 +1,10 @@
-"""Images of a user's own: `--dataset folder:PATH` and `--dataset npz:FILE`.
+"""Images of a user's own: `--dataset folder:PATH`, `npz:FILE` and `npy:FILE`.
 
 A folder holds `train/CLASS/*` and perhaps `test/` and `val/` of the same classes, or `CLASS/*`
 alone; then a share of the images is the test split. Files are decoded once into the cache of
 `decoded.py`. A file of arrays holds `x_train, y_train, x_test, y_test` (Keras's layout) or `images,
-labels`, and perhaps `class_names`.
+labels`, and perhaps `class_names`. A `.npy` file of images is a test split, as CIFAR-10.1 comes;
+its labels lie beside it under its name with "labels" in place of "data" or "images".
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from cifar_jax.datasets.image_files import read_image
 from cifar_jax.runtime.errors import UserError, notice
 from cifar_jax.runtime.files import absolute, expanded
 
-KINDS = ("folder", "npz")
+KINDS = ("folder", "npz", "npy")
 TEST_FRACTION = 0.2  # of a set without a test split
 SIDE = 32  # of a folder's images where nothing is said
 MAX_NAMED = 5  # unreadable files that get a line each
@@ -77,7 +78,8 @@ def read(
     cache_dir: str | os.PathLike | None = None,
     progress: bool = True,
 ) -> Found:
-    """Reads `folder:PATH` or `npz:FILE`. Raises `UserError` where there are no usable images."""
+    """Reads `folder:PATH`, `npz:FILE` or `npy:FILE`. Raises `UserError` where there are no usable
+    images."""
     kind, _, path = name.partition(":")
     if not path:
         raise UserError(f"--dataset {name}: say which, as {kind}:photos")
@@ -86,6 +88,8 @@ def read(
         raise UserError(f"--dataset {name}: there is no {path}")
     if kind == "npz":
         return _of_file(path, image_size)
+    if kind == "npy":
+        return _of_npy(path, image_size)
     if not path.is_dir():
         raise UserError(f"--dataset {name}: {path} is a file; name the folder it lies in")
     return _of_folder(path, image_size or SIDE, cache_dir, progress)
@@ -232,6 +236,22 @@ def _of_file(path: Path, image_size: int | None) -> Found:
     return of_arrays(given, names, f"npz:{path}", str(path), image_size)
 
 
+def _of_npy(path: Path, image_size: int | None) -> Found:
+    beside = [path.name.replace(word, "labels") for word in ("data", "images")]
+    labels = next((path.with_name(name) for name in beside if name != path.name), None)
+    if labels is None or not labels.exists():
+        raise UserError(
+            f"{path} needs its labels beside it: data.npy or images.npy, and labels.npy"
+        )
+    arrays = []
+    for file in (path, labels):
+        try:
+            arrays.append(np.load(file, allow_pickle=False))
+        except (OSError, ValueError, EOFError) as error:
+            raise UserError(f"cannot read {file} as a .npy file: {error}") from None
+    return of_arrays({_TEST: tuple(arrays)}, None, f"npy:{path}", str(path), image_size)
+
+
 def of_arrays(
     given: dict[str, tuple[np.ndarray, np.ndarray]],
     class_names: Sequence[str] | None,
@@ -263,7 +283,8 @@ def of_arrays(
     check_classes(names, where, "two labels at least")
     if highest >= len(names):
         raise UserError(f"{where} has a label {highest} and {len(names)} class names")
-    empty = set(range(len(names))) - set(checked[_TRAIN][1].tolist())
+    trained = checked[_TRAIN][1].tolist() if _TRAIN in checked else range(len(names))
+    empty = set(range(len(names))) - set(trained)
     if empty:
         raise UserError(f"{where}: no training image has the label {min(empty)}")
     splits = {

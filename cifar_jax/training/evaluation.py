@@ -137,6 +137,15 @@ def evaluate_split(
     return split_results(sums, logits, class_names, size)
 
 
+def accuracy_on(evaluate: Callable, variables: dict, split: Split, batch_size: int) -> float:
+    """Returns the accuracy on a split, in [0, 1]; arguments as in `evaluate_split`."""
+    size = len(split.labels)
+    data = input_pipeline.on_host(split.images, split.labels)
+    indices = input_pipeline.batches(np.arange(size, dtype=np.int32), min(batch_size, size))
+    sums = jax.device_get(evaluate(variables, Examples(**data), indices))
+    return float(sums["correct"]) / size
+
+
 def probabilities_of(
     predict: Callable, variables: dict, images: np.ndarray, batches: int, batch_size: int
 ) -> np.ndarray:
@@ -186,9 +195,11 @@ def programs(
 
 
 def check_fits(trained: Trained, dataset: Dataset) -> None:
-    """Raises `UserError` where a data set's classes or image size are not those trained on."""
+    """Raises `UserError` where a data set's classes or image size are not those trained on. Classes
+    without names, as of arrays, are those trained on in their order."""
     names = dataset.class_names
-    if list(names) != list(trained.class_names):
+    unnamed = list(names) == [str(label) for label in range(len(trained.class_names))]
+    if list(names) != list(trained.class_names) and not unnamed:
         raise UserError(
             f"{trained.directory} was trained on the classes {', '.join(trained.class_names[:4])} "
             f"... ({len(trained.class_names)}); the data set has {', '.join(names[:4])} ... "

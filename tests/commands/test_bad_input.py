@@ -29,7 +29,7 @@ COMMANDS = {
     "predict": predict.main,
     "datasets": datasets_command.main,
 }
-QUICK = "--recipe adam --conv lax --devices 1 --batch-size 60 --epochs 1 --no-plots"
+QUICK = "--recipe adam --conv gemm --devices 1 --batch-size 60 --epochs 1 --no-plots"
 
 
 @pytest.fixture(scope="session")

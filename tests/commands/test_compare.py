@@ -17,7 +17,9 @@ from cifar_jax.runtime.errors import UserError, run_command
 
 __all__ = ["complete", "small", "tiny"]
 
-FIXED = words("--recipe adam --model small --epochs 2 --batch-size 70 --learning-rate 0.003")
+FIXED = words(
+    "--recipe adam --model small --conv gemm --epochs 2 --batch-size 70 --learning-rate 0.003"
+)
 VARIANTS = ["--variants", "", "label_smoothing=0.1", "learning_rate=0.0003"]
 
 

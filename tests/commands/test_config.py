@@ -20,7 +20,7 @@ from experiments import sweep as former_sweep
 
 __all__ = ["tiny"]
 
-RUN = "--recipe adam --conv lax --devices 1 --batch-size 60 --epochs 1 --no-plots --augment flip"
+RUN = "--recipe adam --conv gemm --devices 1 --batch-size 60 --epochs 1 --no-plots --augment flip"
 
 
 def run(*arguments):
@@ -30,7 +30,7 @@ def run(*arguments):
 
 def test_a_run_again_from_its_own_config(tiny, tmp_path):
     first, again, printed = (tmp_path / name for name in ("first", "again", "printed"))
-    data = ["--data-dir", tiny, *words("--conv lax --devices 1 --no-plots")]
+    data = ["--data-dir", tiny, *words("--conv gemm --devices 1 --no-plots")]
     run(*words(RUN), "--seed", 7, "--data-dir", tiny, "--workdir", first)
     run("--config", first / "config.json", *data, "--workdir", again)
     assert rows_of(again) == rows_of(first)
@@ -47,7 +47,7 @@ def test_a_run_again_from_its_own_config(tiny, tmp_path):
 
 def test_a_run_again_from_the_command_in_its_summary(tiny, tmp_path):
     first, again = tmp_path / "first", tmp_path / "again"
-    data = ["--data-dir", tiny, "--no-plots", *words("--conv lax --devices 1")]
+    data = ["--data-dir", tiny, "--no-plots", *words("--conv gemm --devices 1")]
     options = words(
         "--recipe adam --batch-size 60 --epochs 1 --no-select-best --augment cutout,flip"
     )

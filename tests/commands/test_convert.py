@@ -31,7 +31,7 @@ from benchmarks.torch_models import TutorialCNN  # noqa: E402
 
 __all__ = ["complete", "tiny"]
 
-SMALL = words("--recipe adam --conv lax --devices 1 --batch-size 60 --no-plots")
+SMALL = words("--recipe adam --conv gemm --devices 1 --batch-size 60 --no-plots")
 # Without a step: what comes out is what went in.
 STILL = [*SMALL, *words("--epochs 1 --learning-rate 0")]
 # With an averaged copy of the weights, which starts from the given ones too.

@@ -329,7 +329,7 @@ def test_options_together_in_bfloat16():
 
 def test_a_run_with_every_option(tiny, tmp_path):
     options = words(
-        "--recipe adam --conv lax --batch-size 60 --epochs 1 --no-plots --normalize imagenet "
+        "--recipe adam --conv gemm --batch-size 60 --epochs 1 --no-plots --normalize imagenet "
         "--resize 20 --freeze conv --rate-scale fc1=0.1,fc3=2 --accumulate 4 --remat --devices 1"
     )
     where = ["--data-dir", str(tiny), "--workdir", str(tmp_path / "run")]

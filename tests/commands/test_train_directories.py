@@ -13,7 +13,7 @@ from cifar_jax.training.workdir import Config
 
 __all__ = ["small", "tiny"]
 
-QUICK = words("--recipe adam --model small --conv lax --devices 1 --batch-size 60 --epochs 1")
+QUICK = words("--recipe adam --model small --conv gemm --devices 1 --batch-size 60 --epochs 1")
 
 pytestmark = pytest.mark.usefixtures("small")
 

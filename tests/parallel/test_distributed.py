@@ -26,7 +26,7 @@ __all__ = ["tiny"]
 
 pytestmark = pytest.mark.extended
 
-RUN = words("--recipe adam --conv lax --epochs 2 --batch-size 30 --select-best --no-plots")
+RUN = words("--recipe adam --conv gemm --epochs 2 --batch-size 30 --select-best --no-plots")
 
 
 def assert_equal_runs(workdir, reference):

@@ -24,7 +24,7 @@ __all__ = ["tiny"]
 
 pytestmark = pytest.mark.extended
 
-RUN = words("--recipe adam --conv lax --epochs 2 --batch-size 30 --no-plots --seeds 3:8")
+RUN = words("--recipe adam --conv gemm --epochs 2 --batch-size 30 --no-plots --seeds 3:8")
 SEEDS = range(3, 8)
 
 
@@ -188,7 +188,7 @@ def test_groups_go_to_whoever_is_free(tmp_path, monkeypatch):
 def test_a_sweep_is_shared_too(tiny, folder, tmp_path):
     """Two programs, of which each process trains a part."""
     axes = "--learning-rate 1e-4,1e-3,1e-2,1000 --batch-size 30,60"
-    arguments = words(f"--recipe tutorial --conv lax --epochs 1 {axes} --data-dir {tiny}")
+    arguments = words(f"--recipe tutorial --conv gemm --epochs 1 {axes} --data-dir {tiny}")
     command = {"command": "cifar_jax.sweep"}
     status, (said, other) = Processes(folder, tmp_path / "two", arguments, **command).wait()
     assert status == [0, 0], (said, other)

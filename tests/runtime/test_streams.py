@@ -76,7 +76,7 @@ def test_what_cannot_be_printed(line, does, expected, buffered):
     assert shell(line, "-c", COMMAND, *words(does), buffered=buffered) == expected
 
 
-QUICK = words("-m cifar_jax.train --recipe adam --conv lax --devices 1 --batch-size 60 --epochs 1")
+QUICK = words("-m cifar_jax.train --recipe adam --conv gemm --devices 1 --batch-size 60 --epochs 1")
 
 
 @pytest.mark.parametrize(

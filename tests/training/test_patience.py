@@ -20,7 +20,7 @@ SETTINGS |= {"model": "small", "learning_rate": 0.03, "momentum": 0.9}
 
 def fit(tiny, **options):
     data = load_dataset("cifar10", data_dir=tiny, progress=False)
-    return cifar_jax.fit("dropout", data=data, verbose=False, **SETTINGS, **options)
+    return cifar_jax.fit("dropout", data=data, verbose=False, conv="gemm", **SETTINGS, **options)
 
 
 def ends_after(losses):
@@ -61,6 +61,7 @@ def test_stopped_after_every_epoch_it_ends_the_same(whole, tiny, tmp_path):
     assert_same_run(tmp_path / "cut", whole.directory)
 
 
+@pytest.mark.extended
 def test_each_of_many_runs_ends_by_itself(whole, tiny, tmp_path):
     many = fit(tiny, seeds=(3, 4, 5), workdir=tmp_path / "many")
     epochs = [run.summary["epochs"] for run in many.runs]

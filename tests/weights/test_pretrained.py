@@ -150,7 +150,7 @@ def test_a_run_starts_from_published_weights(published, tiny, tmp_path):
     served, _ = published
     where = ["--data-dir", str(tiny), "--no-plots", "--workdir", str(tmp_path / "run")]
     options = words(
-        "--recipe tutorial --conv lax --batch-size 300 --epochs 1 --learning-rate 0 --devices 1"
+        "--recipe tutorial --conv gemm --batch-size 300 --epochs 1 --learning-rate 0 --devices 1"
     )
     lines = []
     train.main([*options, *where, "--pretrained", "imagenet"], say=lines.append)
