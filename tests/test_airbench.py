@@ -285,7 +285,10 @@ def test_tta_equals_the_mean_over_its_views(images, original, tta):
     assert np.abs(got - plain).max() > 1e-4
 
 
-@pytest.mark.parametrize(("name", "size"), [("airbench", 32), ("airbench96", 24)])
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [("airbench", 32), pytest.param("airbench96", 24, marks=pytest.mark.extended)],
+)
 def test_a_step_in_pieces_on_two_devices_is_the_step_of_lax(images, name, size, monkeypatch):
     """Gradients of all weights and running statistics, of a batch whose last images are masked."""
     monkeypatch.setattr(pieces, "IMAGES", 4)

@@ -7,7 +7,7 @@ import pathlib
 import subprocess
 import sys
 
-from tiny_data import ROOT, python, tiny
+from tiny_data import ROOT, python, tiny, words
 
 import cifar_jax
 

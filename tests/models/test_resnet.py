@@ -97,6 +97,7 @@ def test_weights_go_back_to_pytorchs_names(pair):
         np.testing.assert_array_equal(value, theirs[name].numpy(), err_msg=name)
 
 
+@pytest.mark.extended
 def test_training_pass_gradients_and_statistics_are_pytorchs(pair):
     """In float64: in float32 the rounding of so deep a network hides what is wrong by 1 %."""
     name, _, variables, net = pair
