@@ -8,12 +8,13 @@ the whole data set, the streamed one gathers on the host and sends a chunk of st
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from cifar_jax.datasets import Split, decode
 from cifar_jax.runtime.errors import UserError
@@ -50,8 +51,9 @@ def check_batch_size(batch_size: int, size: int) -> None:
         raise UserError(f"--batch-size {batch_size} is larger than the training split ({size})")
 
 
-def batches(positions: np.ndarray, batch_size: int) -> np.ndarray:
+def batches(positions: Sequence[int] | ArrayLike, batch_size: int) -> np.ndarray:
     """Returns positions cut into an order [ceil(n / batch_size), batch_size], -1 at the end."""
+    positions = np.asarray(positions)
     steps = -(-len(positions) // batch_size)
     order = np.full(steps * batch_size, -1, np.int32)
     order[: len(positions)] = positions
@@ -79,7 +81,9 @@ def to_device(images: np.ndarray, labels: np.ndarray, sharding=None) -> dict[str
     return jax.device_put(on_host(images, labels), sharding)
 
 
-def take_batch(data: dict[str, jax.Array], row: jax.Array) -> dict[str, jax.Array]:
+def take_batch(
+    data: Mapping[str, jax.Array | np.ndarray], row: jax.Array | np.ndarray
+) -> dict[str, jax.Array]:
     """Gathers one batch; positions of -1 become masked copies of image 0."""
     safe = jnp.maximum(row, 0)
     mask = (row >= 0).astype(jnp.float32)

@@ -9,7 +9,7 @@ A batch is `{"image": uint8 or float [B, H, W, 3], "label": int32 [B]}` with an 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -18,9 +18,11 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 from jax import lax
+from jax.typing import ArrayLike
 
 from cifar_jax import augment as augmentations
 from cifar_jax import optimizers
+from cifar_jax.microbatches import over_parts
 from cifar_jax.models import init, mode, takes
 from cifar_jax.models.layers import BY_EXAMPLE
 from cifar_jax.ops import averaging
@@ -28,7 +30,7 @@ from cifar_jax.ops.all_reduce import sum_over
 from cifar_jax.ops.cross_entropy import cross_entropy
 from cifar_jax.runtime.errors import check_batched
 
-Batch = dict[str, jax.Array]
+Batch = Mapping[str, ArrayLike]
 Metrics = dict[str, jax.Array]
 
 
@@ -198,7 +200,7 @@ def train_step(
       freeze: as given to `create_state`. Batch normalisation in a frozen layer goes on with the
         batch's statistics and updates the running ones, as under PyTorch's `requires_grad_(False)`.
       accumulate: parts the batch is cut into, one after another: the same step in less memory
-        (`steps.over_parts`).
+        (`microbatches.over_parts`).
       axis_name: under pmap or shard_map, the axis the batch is split over: gradients, metrics
         and random draws are then those of the global batch.
 
@@ -355,7 +357,7 @@ def inference_variables(state: TrainState) -> dict:
 
 def predict_step(
     variables: dict,
-    images: jax.Array,
+    images: ArrayLike,
     *,
     model: nn.Module,
     preprocess: Callable[..., jax.Array] | None = None,
@@ -399,53 +401,3 @@ def eval_step(
     is_taken = logits.argmax(axis=-1)[:, None] == classes[None]
     sums["confusion"] = (is_true[:, :, None] & is_taken[:, None, :]).sum(axis=0, dtype=jnp.int32)
     return sums if axis_name is None else lax.psum(sums, axis_name)
-
-
-# A batch's gradient as the sum over parts of it, one at a time: activations of one part only.
-
-
-def over_parts(
-    gradients: Callable[..., tuple[Any, Any]],
-    parts: int,
-    axis_name: str | None,
-    batch: dict[str, jax.Array],
-    carried: Any,
-    first_example: jax.Array,
-) -> tuple[Any, Any]:
-    """Adds up `gradients` over a batch cut into `parts` of equal length.
-
-    A batch that does not divide is padded and masked. Batch normalisation sees a part at a time
-    and its running statistics go from part to part, as when PyTorch accumulates.
-
-    Args:
-      gradients: `(part, carried, first_example) -> (sums, carried)`; `sums` is any tree that adds
-        up over parts, and `first_example` the part's position in the global batch.
-      axis_name: as in `train_step`.
-      batch: arrays [B, ...] with a float `mask` [B].
-      carried, first_example: of the whole batch.
-
-    Returns:
-      (sums over the batch, what its last part carries on).
-    """
-    size = batch["mask"].shape[0]
-    length = -(-size // parts)
-    parts = -(-size // length)
-
-    def cut(x):
-        padding = [(0, parts * length - size)] + [(0, 0)] * (x.ndim - 1)
-        return jnp.pad(x, padding).reshape(parts, length, *x.shape[1:])
-
-    pieces = jax.tree.map(cut, batch)
-    firsts = first_example + length * jnp.arange(parts, dtype=jnp.int32)
-
-    def body(carry, piece_and_first):
-        (totals, carried), (piece, first) = carry, piece_and_first
-        sums, carried = gradients(piece, carried, first)
-        return (jax.tree.map(jnp.add, totals, sums), carried), None
-
-    one = jax.tree.map(lambda x: x[0], pieces)
-    shapes = jax.eval_shape(gradients, one, carried, firsts[0])[0]
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    if axis_name is not None:  # a scan's carry must be marked the same before and after
-        zeros, carried = lax.pcast((zeros, carried), axis_name, to="varying")
-    return lax.scan(body, (zeros, carried), (pieces, firsts))[0]

@@ -18,6 +18,7 @@ ORDER = (
         "models",
         "augment",
         "optimizers",
+        "microbatches",
         "steps",
     ),
     *("input_pipeline", "parallel", "checkpoints", "reporting", "training", "weights", "replicas"),
