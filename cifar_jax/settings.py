@@ -154,6 +154,10 @@ class Recipe:
     resize: int = setting(
         0, "side in pixels to which images are resized on the device; 0 is off", low=0, high=4096
     )
+    low_resolution: str = setting(
+        "none",
+        "side:share, as 24:0.4: the first share of the steps sees images of so many pixels a side",
+    )
     freeze: tuple[str, ...] = setting((), "beginnings of names of layers that are not trained")
     rate_scale: tuple[str, ...] = setting((), "prefix=factor: layers with another learning rate")
     rate_epochs: tuple[str, ...] = setting(
@@ -229,6 +233,24 @@ class Recipe:
     def stops_epochs(self) -> dict[str, float]:
         """`stop_epochs`, likewise."""
         return dict(_prefixed("--stop-epochs", e, "head=3", above=0) for e in self.stop_epochs)
+
+    @property
+    def low_resolution_first(self) -> tuple[int, float]:
+        """`low_resolution` as (side, share of the steps), (0, 0) for none. Raises `UserError` where
+        it is neither."""
+        if self.low_resolution == "none":
+            return 0, 0.0
+        side, _, share = self.low_resolution.partition(":")
+        try:
+            found = int(side), float(share)
+        except ValueError:
+            found = 0, 0.0
+        if not (1 <= found[0] <= 4096 and 0 < found[1] < 1):
+            raise UserError(
+                "--low-resolution takes a side in pixels and a share of the steps between 0 and 1, "
+                f"as 24:0.4, or none; got {self.low_resolution!r}"
+            )
+        return found
 
 
 def option_of(name: str) -> str:
@@ -321,6 +343,7 @@ def check(recipe: Recipe) -> None:
     both = sorted(recipe.rates_epochs.keys() & recipe.stops_epochs.keys())
     if both:
         raise UserError(f"--rate-epochs and --stop-epochs both name {both[0]}; give one of them")
+    _ = recipe.low_resolution_first
     if recipe.lookahead and recipe.ema_decay:
         raise UserError("--lookahead keeps an average of its own: leave --ema-decay away")
     if recipe.accumulate > recipe.batch_size:

@@ -265,6 +265,17 @@ def train_step(
     return state, sums
 
 
+def one_then_other(
+    first: Callable, then: Callable, steps: int, state: TrainState, *arguments
+) -> tuple[TrainState, Metrics]:
+    """Takes a step that is `first` in the first `steps` steps of a run and `then` after them.
+
+    Both take and return what `train_step` does and may differ in what they make of the images. One
+    of them is computed; mapped by `vmap` over runs, both are.
+    """
+    return lax.cond(state.step < steps, first, then, state, *arguments)
+
+
 def _with_run(preprocess, run_key, step, batch, key, first_example):
     of_run = (run_key, step, batch["index"])
     return preprocess(batch["image"], key, first_example, of_run=of_run)

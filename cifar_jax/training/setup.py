@@ -20,7 +20,7 @@ from cifar_jax.models import init, mode, model_of, own, plain
 from cifar_jax.ops import convolution
 from cifar_jax.parallel import hardware, placement, programs
 from cifar_jax.parallel.placement import Placement
-from cifar_jax.runtime.errors import UserError, lookup
+from cifar_jax.runtime.errors import UserError, lookup, one_line
 from cifar_jax.runtime.timing import Clock
 from cifar_jax.settings import Recipe
 from cifar_jax.training import checks
@@ -158,6 +158,7 @@ def make_run(
     groups["--stop-epochs"] = recipe.stops_epochs
     optimizers.check_groups(shapes.params, recipe.freeze, recipe.rate_scales, groups)
     check_whitening(recipe, model, len(training))
+    check_low_resolution(recipe, model, shapes, image_shape)
     step = step_of(recipe, model, config.steps_per_epoch)
     weights = steps.parameter_count(shapes.params)
     mesh, eval_mesh = (
@@ -218,6 +219,32 @@ def check_whitening(recipe: Recipe, model: nn.Module, training_images: int) -> N
         )
 
 
+def check_low_resolution(
+    recipe: Recipe, model: nn.Module, shapes: steps.TrainState, image_shape: Sequence[int]
+) -> None:
+    """Raises `UserError` where the model cannot take images of the side of `low_resolution`."""
+    side, _ = recipe.low_resolution_first
+    if not side:
+        return
+    whole = input_shape(recipe, image_shape)
+    if side >= min(whole[:2]):
+        raise UserError(
+            f"--low-resolution {recipe.low_resolution} is not below the images' "
+            f"{whole[0]}x{whole[1]} pixels"
+        )
+    images = jax.ShapeDtypeStruct((2, side, side, whole[2]), jnp.float32)
+    variables = steps.inference_variables(shapes)
+    try:
+        jax.eval_shape(
+            functools.partial(model.apply, **mode(model, train=False)), variables, images
+        )
+    except Exception as error:  # a layer of fixed size, in any network
+        raise UserError(
+            f"--low-resolution {recipe.low_resolution}: {recipe.model} takes no images of {side} "
+            f"pixels; it needs a network that ends in a global pool ({one_line(error)[:200]})"
+        ) from None
+
+
 def drawn(config: Config) -> tuple[dict[str, jax.Array], np.ndarray, np.ndarray]:
     """What a run's seed decides before its first step: keys, training and validation images."""
     keys = input_pipeline.run_keys(config.seed)
@@ -240,14 +267,16 @@ def input_shape(recipe: Recipe, image_shape: Sequence[int]) -> Shape:
     return (side, side, channels) if side else (height, width, channels)
 
 
-def preprocess_of(recipe: Recipe, steps_per_epoch: int = 1) -> Callable[..., jax.Array]:
-    """Returns the recipe's `preprocess` (`steps.make_preprocess`); without a key it does not
-    augment."""
+def preprocess_of(
+    recipe: Recipe, steps_per_epoch: int = 1, side: int = 0
+) -> Callable[..., jax.Array]:
+    """Returns the recipe's `preprocess` (`steps.make_preprocess`), to images of `side` pixels in
+    place of its own if that is not 0; without a key it does not augment."""
     return steps.make_preprocess(
         recipe.normalize,
         tuple(name for name in recipe.augment if name not in augment.MIXES),
         recipe.precision,
-        recipe.resize,
+        side or recipe.resize,
         steps_per_epoch,
         translate_pixels=recipe.translate_pixels,
         cutout_size=recipe.cutout_size,
@@ -291,7 +320,6 @@ def step_of(
         steps.train_step,
         model=model,
         optimizer=optimizers.make_optimizer(recipe, steps_per_epoch, given),
-        preprocess=preprocess_of(recipe, steps_per_epoch),
         mix=mix_of(recipe),
         loss_reduction=recipe.loss_reduction,
         label_smoothing=given.get("label_smoothing", recipe.label_smoothing),
@@ -300,11 +328,19 @@ def step_of(
         freeze=recipe.freeze,
     )
 
+    side, share = recipe.low_resolution_first
+    low, full = (preprocess_of(recipe, steps_per_epoch, pixels) for pixels in (side, 0))
+    low_steps = round(share * recipe.epochs * steps_per_epoch)
+
     def in_microbatches(state, batch, **options):
         count = recipe.accumulate
         if count == 1:
             count = programs.microbatches(batch["label"].shape[0], state)
-        return step(state, batch, accumulate=count, **options)
+        at_full = functools.partial(step, preprocess=full, accumulate=count, **options)
+        if not low_steps:
+            return at_full(state, batch)
+        at_low = functools.partial(step, preprocess=low, accumulate=count, **options)
+        return steps.one_then_other(at_low, at_full, low_steps, state, batch)
 
     return in_microbatches
 

@@ -227,6 +227,8 @@ def check_goes_on(path: Path, old: Config, new: Config) -> None:
             f"the rates of the {new.recipe.schedule} schedule depend on --epochs from the first "
             f"step on (--init-from {path} with another --workdir starts from its weights)"
         )
+    elif new.recipe.low_resolution != "none":
+        why = "--low-resolution is a share of all its steps"
     if why:
         raise UserError(
             f"{path} holds a run of {old.recipe.epochs} epochs, which cannot become one of "
