@@ -28,7 +28,8 @@ $(VENV)/.installed-test: pyproject.toml constraints.txt | $(BIN)/python
 train: $(VENV)/.installed
 	$(BIN)/python -m cifar_jax.train --model dropout_cnn --fallback-shapes10 $(ARGS)
 
-# Compiling is most of its time, so the programs are left unoptimised; `test-all` optimises the rest.
+# Compiling is most of its time, so the programs are left unoptimised; `test-all` optimises the rest a
+# little, of which some run long.
 test: $(VENV)/.installed-test
 	$(BIN)/python -m ruff check .
 	XLA_FLAGS="$$XLA_FLAGS --xla_backend_optimization_level=0" \
@@ -36,7 +37,8 @@ test: $(VENV)/.installed-test
 
 # The extended tests too: every case of what `test` has one or two of.
 test-all: test
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "extended and not slow" $(ARGS)
+	XLA_FLAGS="$$XLA_FLAGS --xla_backend_optimization_level=1" \
+		$(BIN)/python -m pytest -n 2 --dist worksteal -m "extended and not slow" $(ARGS)
 
 test-slow: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m slow $(ARGS)

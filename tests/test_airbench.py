@@ -53,7 +53,7 @@ def test_parameters_are_the_published_ones():
 
 
 @pytest.mark.extended
-@pytest.mark.parametrize("name", ["airbench95", "airbench96"])
+@pytest.mark.parametrize("name", ["airbench95", pytest.param("airbench96", marks=pytest.mark.slow)])
 def test_a_recipe_before_muon_steps_and_returns_to_its_slow_weights(images, name):
     """Five steps, the last of them Lookahead's; the whitening's bias stands after its epochs."""
     recipe = RECIPES[name].replace(
@@ -214,6 +214,7 @@ def variables_and_net(original, images):
     return model, state, net
 
 
+@pytest.mark.extended
 def test_five_steps_equal_the_original(images, original):
     """Same weights, images and order, no augmentation, in float64: Muon's iteration multiplies what
     rounding leaves in the smallest singular values by 40 a step."""
