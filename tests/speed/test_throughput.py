@@ -202,6 +202,7 @@ def test_both_sides_do_the_same_work(text, small, tmp_path):
     assert theirs.window()[0] > 0
 
 
+@pytest.mark.slow
 def test_the_bare_step_does_the_work_of_the_chunks(small, tmp_path):
     case, found = cases.parse("train/dropout:8"), {}
     for name in ("ours-one-gemm", "ours-step-gemm"):
