@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from cifar_jax import augment, input_pipeline, optimizers, steps
-from cifar_jax.models import MODELS, init, make_model, model_of
+from cifar_jax.models import init, make_model, model_of
 from cifar_jax.models.airbench import Airbench
 from cifar_jax.ops import pieces
 from cifar_jax.parallel import hardware, placement, programs
