@@ -190,7 +190,7 @@ LONG = [form if form == LONG_FORM else pytest.param(form, marks=pytest.mark.slow
 @pytest.mark.parametrize(
     "kind",
     [
-        pytest.param(kind, marks=() if kind == "momentum" else pytest.mark.extended)
+        pytest.param(kind, marks=() if kind == "momentum" else pytest.mark.slow)
         for kind in OPTIMIZERS
     ],
 )
