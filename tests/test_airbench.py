@@ -361,7 +361,7 @@ def test_evaluation_in_pieces_takes_whole_batches_and_finds_the_same(images):
     "name",
     [
         "airbench",
-        pytest.param("airbench95", marks=pytest.mark.extended),
+        pytest.param("airbench95", marks=pytest.mark.slow),
         pytest.param("airbench96", marks=pytest.mark.slow),
     ],
 )

@@ -161,7 +161,7 @@ def assert_close(ours, theirs, tolerance):
     ("name", "form"),
     [
         # Winograd's form of the largest network takes longest to compile.
-        pytest.param(name, form, marks=pytest.mark.extended)
+        pytest.param(name, form, marks=pytest.mark.slow)
         if (name, form) == ("deep_cnn", "winograd")
         else (name, form)
         for name in NAMES
@@ -231,7 +231,9 @@ def torch_training(name, kind):
 
 
 @pytest.mark.parametrize("form", ["lax", "auto"])
-@pytest.mark.parametrize("recipe", ["tutorial", "deep", "dropout"])
+@pytest.mark.parametrize(
+    "recipe", ["tutorial", pytest.param("deep", marks=pytest.mark.slow), "dropout"]
+)
 def test_float32_on_real_images(recipe, form, cifar10):
     """As trained: uint8 in, normalised in the step, float32. Logits agree to 2e-5 of the
     largest, gradients to 1e-4 of each entry's largest."""

@@ -94,7 +94,7 @@ def test_the_readme_is_short_and_its_links_lead_somewhere():
 
 @pytest.mark.parametrize(
     "block",
-    [OTHERS[0], *(pytest.param(block, marks=pytest.mark.extended) for block in OTHERS[1:])],
+    [OTHERS[0], *(pytest.param(block, marks=pytest.mark.slow) for block in OTHERS[1:])],
     ids=[str(i) for i in range(len(OTHERS))],
 )
 def test_example_runs(block, cifar10, tmp_path):

@@ -408,7 +408,9 @@ def whole_test_split(cifar10):
 
 
 @pytest.mark.extended
-@pytest.mark.parametrize("batch_size", [1, 7, 128, 10_000])
+@pytest.mark.parametrize(
+    "batch_size", [7, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 128, 10_000))]
+)
 def test_every_test_image_is_counted_once(batch_size, whole_test_split):
     evaluate, want = whole_test_split
     sums = evaluate(input_pipeline.batches(np.arange(10_000, dtype=np.int32), batch_size))

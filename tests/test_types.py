@@ -11,7 +11,7 @@ from tiny_data import ROOT
 pytest.importorskip("mypy")
 
 
-@pytest.mark.extended
+@pytest.mark.slow
 def test_the_examples_have_the_types_that_the_package_says(tmp_path):
     pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
     files = []

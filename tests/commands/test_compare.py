@@ -96,7 +96,7 @@ def test_it_leaves_a_picture_and_nothing_to_do_again(done, tiny):
         start(tiny, workdir, "--seeds", "0:5", what=[*VARIANTS[:3]])
 
 
-@pytest.mark.extended
+@pytest.mark.slow
 def test_it_looks_until_the_interval_is_narrow(done, tiny, tmp_path):
     said, what = [], ["--variants", "", "learning_rate=0.0003"]
     words = ["--seeds", "0:12", "--look", "5", "--until", "50"]

@@ -100,7 +100,7 @@ PHOTOS = "--dataset folder:photos --image-size 32"
 
 @pytest.fixture(
     scope="module",
-    params=["mynet.py:Net", pytest.param("nnxnet.py:Net", marks=pytest.mark.extended)],
+    params=["mynet.py:Net", pytest.param("nnxnet.py:Net", marks=pytest.mark.slow)],
 )
 def trained(place, request):
     name = request.param.partition(".")[0]

@@ -156,6 +156,7 @@ def test_killed_at_any_moment_a_run_ends_the_same(launcher, tiny, reference, tmp
     assert {"saving", "training"} <= set(hits), hits
 
 
+@pytest.mark.slow
 def test_killed_on_two_devices_a_run_ends_the_same(launcher, tiny, reference, tmp_path):
     """Which differs from one device in the order of sums, and says so."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
@@ -352,6 +353,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
+@pytest.mark.slow
 def test_a_full_disk_stops_the_run_and_space_lets_it_go_on(
     launcher, tiny, reference, stopped, small_disk
 ):

@@ -61,7 +61,7 @@ def test_stopped_after_every_epoch_it_ends_the_same(whole, tiny, tmp_path):
     assert_same_run(tmp_path / "cut", whole.directory)
 
 
-@pytest.mark.extended
+@pytest.mark.slow
 def test_each_of_many_runs_ends_by_itself(whole, tiny, tmp_path):
     many = fit(tiny, seeds=(3, 4, 5), workdir=tmp_path / "many")
     epochs = [run.summary["epochs"] for run in many.runs]
