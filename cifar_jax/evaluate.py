@@ -25,7 +25,8 @@ def make_parser() -> cli.Parser:
     parser.add_argument(
         "--corruptions",
         nargs="?",
-        const="",
+        type=cli.path,
+        const=True,
         metavar="FOLDER",
         help="also on fifteen corruptions at five severities: made of the split's images, or read "
         "from a FOLDER with CIFAR-10-C's .npy files; writes corruptions.json and .png to the run",
@@ -129,11 +130,11 @@ def _corruptions(options, trained, evaluate, split, clean, say) -> dict:
     """Evaluates on every corruption; writes and says what was found, and returns it."""
     from cifar_jax.datasets import Split, corruptions
     from cifar_jax.reporting import plots, robustness
-    from cifar_jax.runtime.files import expanded, write_json
+    from cifar_jax.runtime.files import write_json
     from cifar_jax.runtime.progress import Progress
     from cifar_jax.training import evaluation
 
-    folder, errors = options.corruptions and expanded(options.corruptions), {}
+    folder, errors = None if options.corruptions is True else options.corruptions, {}
     severities = range(1, corruptions.SEVERITIES + 1)
     total = len(corruptions.CORRUPTIONS) * len(severities) * len(split.labels)
     with Progress(total, doing="corrupting", shown=not options.json) as bar:
@@ -141,18 +142,20 @@ def _corruptions(options, trained, evaluate, split, clean, say) -> dict:
             errors[name] = []
             for severity in severities:
                 if folder:
-                    images, labels = corruptions.load_prepared(folder, name, severity)
+                    corrupted = Split(*corruptions.load_prepared(folder, name, severity))
+                    highest = corrupted.labels.max(initial=0)
+                    if highest >= len(trained.class_names):
+                        raise UserError(f"{folder} has a label {highest}: another set's images")
                 else:
-                    images, labels = corruptions.corrupt(split.images, name, severity), split.labels
-                if labels.max(initial=0) >= len(trained.class_names):
-                    raise UserError(f"{folder} has a label {labels.max()}: another set's images")
+                    images = corruptions.corrupt(split.images, name, severity)
+                    corrupted = Split(images, split.labels)
                 accuracy = evaluation.accuracy_on(
-                    evaluate, trained.variables, Split(images, labels), options.batch_size
+                    evaluate, trained.variables, corrupted, options.batch_size
                 )
                 errors[name].append(1 - accuracy)
-                bar.update(len(labels))
+                bar.update(len(corrupted.labels))
     found = robustness.summarize(errors, 1 - clean["test_accuracy"])
-    found = {"images": (folder and str(folder)) or "made of the split's", **clean, **found}
+    found = {"images": folder or "made of the split's", **clean, **found}
     path = trained.directory / "corruptions.json"
     write_json(path, found)
     picture = path.with_suffix(".png")

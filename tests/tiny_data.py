@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from cifar_jax import train
+from cifar_jax import evaluate, train
 from cifar_jax.checkpoints import save_restore
 from cifar_jax.models import MODELS, make_model
 from cifar_jax.models.layers import ConvRelu, Dense, Dropout, Flatten
@@ -82,6 +82,20 @@ def complete(tiny, tmp_path_factory) -> Path:
         (folder / "said.txt").write_text("\n".join(lines))
         _made["complete"] = folder / "run"
     return _made["complete"]
+
+
+@pytest.fixture(scope="session")
+def test_images(tiny):
+    """The tiny set's test split."""
+    from cifar_jax.datasets import load_dataset
+
+    return load_dataset("cifar10", data_dir=tiny, progress=False).splits["test"]
+
+
+def evaluated(run: Path, data: Path, *arguments: str) -> tuple[dict, list[str]]:
+    """What the evaluate command returns, and the lines it says."""
+    lines: list[str] = []
+    return evaluate.main([str(run), "--data-dir", str(data), *arguments], lines.append), lines
 
 
 def copy_run(source: Path, target: Path) -> Path:

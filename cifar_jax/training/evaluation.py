@@ -127,23 +127,25 @@ def evaluate_split(
     Returns:
       `console.results` with `confusion` int [C, C] added, and probabilities float32 [N, C].
     """
-    size = len(split.labels)
-    data = input_pipeline.on_host(
-        split.images, split.labels
-    )  # outside jit a gather is half a dozen programs
-    indices = input_pipeline.batches(np.arange(size, dtype=np.int32), min(batch_size, size))
+    data, indices = _in_batches(split, batch_size)
     sums = jax.device_get(evaluate(variables, Examples(**data), indices))
     logits = predict(variables, data["image"][np.maximum(indices, 0)])
-    return split_results(sums, logits, class_names, size)
+    return split_results(sums, logits, class_names, len(split.labels))
 
 
 def accuracy_on(evaluate: Callable, variables: dict, split: Split, batch_size: int) -> float:
     """Returns the accuracy on a split, in [0, 1]; arguments as in `evaluate_split`."""
-    size = len(split.labels)
-    data = input_pipeline.on_host(split.images, split.labels)
-    indices = input_pipeline.batches(np.arange(size, dtype=np.int32), min(batch_size, size))
+    data, indices = _in_batches(split, batch_size)
     sums = jax.device_get(evaluate(variables, Examples(**data), indices))
-    return float(sums["correct"]) / size
+    return float(sums["correct"]) / len(split.labels)
+
+
+def _in_batches(split: Split, batch_size: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Returns a split's arrays, on the host (outside jit a gather is half a dozen programs), and
+    the order that has every image once."""
+    size = len(split.labels)
+    indices = input_pipeline.batches(np.arange(size, dtype=np.int32), min(batch_size, size))
+    return input_pipeline.on_host(split.images, split.labels), indices
 
 
 def probabilities_of(

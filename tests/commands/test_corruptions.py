@@ -6,14 +6,13 @@ import json
 import numpy as np
 import pytest
 from PIL import Image
-from tiny_data import NAMES, complete, copy_run, small, tiny
+from tiny_data import NAMES, complete, copy_run, evaluated, small, test_images, tiny
 
-from cifar_jax import evaluate
-from cifar_jax.datasets import corruptions, load_dataset
+from cifar_jax.datasets import corruptions
 from cifar_jax.reporting import robustness
 from cifar_jax.runtime.errors import UserError
 
-__all__ = ["complete", "small", "tiny"]
+__all__ = ["complete", "small", "test_images", "tiny"]
 
 FEW = ("gaussian_noise", "contrast", "pixelate")
 
@@ -23,17 +22,6 @@ def few(monkeypatch):
     """Three corruptions in place of fifteen."""
     kept = {name: corruptions.CORRUPTIONS[name] for name in FEW}
     monkeypatch.setattr(corruptions, "CORRUPTIONS", kept)
-
-
-@pytest.fixture(scope="module")
-def test_split(tiny):
-    return load_dataset("cifar10", data_dir=tiny, progress=False).splits["test"]
-
-
-def evaluated(run, tiny, *arguments):
-    lines = []
-    found = evaluate.main([str(run), "--data-dir", str(tiny), *arguments], say=lines.append)
-    return found, "\n".join(lines)
 
 
 @pytest.fixture(scope="module")
@@ -80,9 +68,9 @@ def test_what_is_no_corruption_is_refused(name, severity, photo):
         corruptions.corrupt(photo, name, severity)
 
 
-def test_evaluation_on_corruptions(complete, tiny, tmp_path, few, test_split):
+def test_evaluation_on_corruptions(complete, tiny, tmp_path, few, test_images):
     run = copy_run(complete, tmp_path / "run")
-    found, said = evaluated(run, tiny, "--corruptions", "--batch-size", "70")
+    found, lines = evaluated(run, tiny, "--corruptions", "--batch-size", "70")
     table = found["corruptions"]
     assert json.loads((run / "corruptions.json").read_text()) == table
     assert list(table["by_corruption"]) == list(FEW)
@@ -90,16 +78,16 @@ def test_evaluation_on_corruptions(complete, tiny, tmp_path, few, test_split):
     errors = [row["by_severity"] for row in table["by_corruption"].values()]
     assert table["mean_corruption_error"] == pytest.approx(np.mean(errors))
     assert table["by_severity"] == pytest.approx(np.mean(errors, axis=0).tolist())
-    assert f"mean corruption error {100 * np.mean(errors):.2f} %" in said
+    assert f"mean corruption error {100 * np.mean(errors):.2f} %" in "\n".join(lines)
     with Image.open(run / "corruptions.png") as picture:
         assert picture.width > 400
 
     # Files as CIFAR-10-C's: all severities one after another. They give the same table.
     folder = tmp_path / "CIFAR-10-C"
     folder.mkdir()
-    np.save(folder / "labels.npy", np.tile(test_split.labels, 5))
+    np.save(folder / "labels.npy", np.tile(test_images.labels, 5))
     for name in FEW:
-        parts = [corruptions.corrupt(test_split.images, name, s) for s in range(1, 6)]
+        parts = [corruptions.corrupt(test_images.images, name, s) for s in range(1, 6)]
         np.save(folder / f"{name}.npy", np.concatenate(parts))
     again, _ = evaluated(run, tiny, "--corruptions", str(folder), "--json")
     assert again["corruptions"]["by_corruption"] == table["by_corruption"]
@@ -117,17 +105,17 @@ def test_the_mean_is_that_of_the_corruptions_means():
     assert "mean of all   30.00   50.00   40.00" in robustness.lines(found)
 
 
-def test_images_in_npy_files_are_all_tested(complete, tiny, tmp_path, test_split):
+def test_images_in_npy_files_are_all_tested(complete, tiny, tmp_path, test_images):
     """As CIFAR-10.1 comes: unnamed classes, no training images."""
-    np.save(tmp_path / "cifar10.1_v6_data.npy", test_split.images)
-    np.save(tmp_path / "cifar10.1_v6_labels.npy", test_split.labels.astype(np.int64))
+    np.save(tmp_path / "cifar10.1_v6_data.npy", test_images.images)
+    np.save(tmp_path / "cifar10.1_v6_labels.npy", test_images.labels.astype(np.int64))
     name = f"npy:{tmp_path}/cifar10.1_v6_data.npy"
-    found, said = evaluated(complete, tiny, "--dataset", name)
+    found, lines = evaluated(complete, tiny, "--dataset", name)
     want, _ = evaluated(complete, tiny)
     assert found["test_count"] == 200
     assert found["test_correct"] == want["test_correct"]
     assert found["confusion"] == want["confusion"]
-    assert NAMES[0] in said
+    assert NAMES[0] in "\n".join(lines)
     with pytest.raises(UserError, match="labels beside it"):
         evaluated(complete, tiny, "--dataset", f"npy:{tmp_path}/cifar10.1_v6_labels.npy")
     with pytest.raises(UserError, match="no split 'train'"):

@@ -9,14 +9,23 @@ import numpy as np
 import pytest
 from datasets_support import drop_test_split
 from PIL import Image
-from tiny_data import NAMES, STEPS, complete, prepare_tiny, small, tiny, words
+from tiny_data import (
+    NAMES,
+    STEPS,
+    complete,
+    evaluated,
+    prepare_tiny,
+    small,
+    test_images,
+    tiny,
+    words,
+)
 
-from cifar_jax import evaluate, predict, train
-from cifar_jax.datasets import load_dataset
+from cifar_jax import predict, train
 from cifar_jax.runtime.errors import UserError, run_command
 from cifar_jax.training import evaluation
 
-__all__ = ["complete", "small", "tiny"]
+__all__ = ["complete", "small", "test_images", "tiny"]
 
 LAST = 4 * STEPS
 
@@ -25,17 +34,6 @@ LAST = 4 * STEPS
 def trained(complete):
     """A run whose best epoch is tested; nothing here writes to it."""
     return complete
-
-
-@pytest.fixture(scope="module")
-def test_images(tiny):
-    return load_dataset("cifar10", data_dir=tiny, progress=False).splits["test"]
-
-
-def evaluated(trained, tiny, *arguments):
-    lines = []
-    found = evaluate.main([str(trained), "--data-dir", str(tiny), *arguments], say=lines.append)
-    return found, lines
 
 
 def predicted(trained, *arguments):
