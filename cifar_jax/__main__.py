@@ -18,6 +18,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "report": ("cifar_jax.report", "write the page of a run, or of several side by side"),
     "compare": ("cifar_jax.compare", "tell variants or finished runs apart, with error bars"),
     "sweep": ("cifar_jax.sweep", "train every combination of settings, over several seeds"),
+    "find-lr": ("cifar_jax.find_lr", "suggest a learning rate, from a short ramp"),
     "datasets": ("cifar_jax.datasets.__main__", "prepare or list data sets"),
 }
 # These move weights only, and stay off an accelerator that may be training.

@@ -337,6 +337,8 @@ def start_device(options: argparse.Namespace, recipe: Recipe | None = None) -> N
 
     if options.conv not in LOWERINGS:
         raise UserError(f"unknown --conv {options.conv!r}; {nearest(options.conv, LOWERINGS)}")
+    if recipe:  # before a network's own file is run, which may use a device
+        hardware.name_platform(options.device)
     threads = setup.cpu_threads(recipe, options.devices) if recipe else None
     if getattr(options, "deterministic", False):
         hardware.deterministic()

@@ -26,7 +26,7 @@ ORDER = (
 )
 COMMANDS = (
     *("_cli", "_config", "__main__", "train", "compare", "fitting", "result", "evaluate"),
-    *("predict", "convert", "export", "report", "sweep"),
+    *("predict", "convert", "export", "report", "sweep", "find_lr"),
     "datasets.__main__",
 )
 

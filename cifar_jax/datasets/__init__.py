@@ -251,7 +251,7 @@ def _of_own(found: own_images.Found, splits: Sequence[str], test_fraction: float
     digest = hashlib.sha256("".join(f"{k}:{v.fingerprint}" for k, v in held.items()).encode())
     return Dataset(
         name=found.name,
-        version="1",
+        version="1" if own_images.is_own(found.name) else own_images.IN_MEMORY,
         source=f"{found.where}{said}",
         class_names=found.class_names,
         fingerprint=digest.hexdigest(),

@@ -26,6 +26,7 @@ from cifar_jax.runtime.errors import UserError, notice
 from cifar_jax.runtime.files import absolute, expanded
 
 KINDS = ("folder", "npz", "npy")
+IN_MEMORY = "in memory"  # in place of the version of a set that no `--dataset` names
 TEST_FRACTION = 0.2  # of a set without a test split
 SIDE = 32  # of a folder's images where nothing is said
 MAX_NAMED = 5  # unreadable files that get a line each

@@ -29,6 +29,7 @@ from jax.sharding import PartitionSpec as P
 
 from cifar_jax import steps
 from cifar_jax.parallel.hardware import AXIS, everywhere, mesh_over
+from cifar_jax.parallel.programs import over_devices
 
 
 def pad_batch(batch: steps.Batch, parts: int) -> steps.Batch:
@@ -90,7 +91,7 @@ def _shard_mapped(step: Callable, devices: Sequence[jax.Device] | None, outputs)
     mesh = mesh_over(jax.local_devices() if devices is None else devices)
     step = functools.partial(step, axis_name=AXIS)
     in_specs = (P(), P(AXIS))
-    step = jax.jit(jax.shard_map(step, mesh=mesh, in_specs=in_specs, out_specs=outputs))
+    step = jax.jit(over_devices(step, mesh, in_specs, outputs))
 
     def call(first: Any, batch: steps.Batch):
         # From one device and from all of them would be two programs.

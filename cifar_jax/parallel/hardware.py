@@ -50,6 +50,12 @@ def computing_threads() -> int:
     return _threads or usable_cores()
 
 
+def name_platform(name: str) -> None:
+    """Makes JAX take the named platform where it is one by that name, and starts nothing."""
+    if name in ("cpu", "tpu"):
+        jax.config.update("jax_platforms", name)
+
+
 def select_platform(name: str, threads: int | None = None) -> str:
     """Makes JAX use the named platform and returns the one in use: `cpu`, `gpu` or `tpu`.
 

@@ -234,7 +234,7 @@ def compile_prediction(step: Callable, mesh: Mesh) -> Callable:
     def predict(variables, images):
         return lax.map(lambda own: programs.predict_many(step, own, images), variables)
 
-    split = programs.over_devices(predict, mesh, (P(AXIS), P()), P(AXIS), check=False)
+    split = programs.over_devices(predict, mesh, (P(AXIS), P()), P(AXIS))
     return jax.jit(split, compiler_options=programs.compiler_options())
 
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from cifar_jax.datasets.own_images import IN_MEMORY
 from cifar_jax.recipes import RECIPES
 from cifar_jax.reporting.console import counted
 from cifar_jax.reporting.metrics_log import read_metrics
@@ -112,12 +113,17 @@ def differences(config: Mapping) -> dict[str, tuple[Any, Any]]:
 
 
 def command(config: Mapping) -> str:
-    """Returns the command that trains the same again, as a shell takes it.
+    """Returns the command that trains the same again, as a shell takes it; of a module or arrays
+    that only Python has, the call.
 
     A `Recipe` without a name, from Python, is told as what differs from `BASE`.
     """
     named = config["recipe_name"] in RECIPES
     config = config if named else {**config, "recipe_name": BASE}
+    module = ":" in config["recipe"]["model"] and not config.get("code")
+    arrays = config["dataset"].get("version") == IN_MEMORY
+    if module or arrays:
+        return _call(config, module, arrays)
     words = ["python", "-m", "cifar_jax.train", "--recipe", config["recipe_name"]]
     for name, (value, _) in differences(config).items():
         option = option_of(name)
@@ -137,6 +143,26 @@ def command(config: Mapping) -> str:
     seeds = config.get("seeds")
     words += ["--seeds", seeds_text(seeds)] if seeds else ["--seed", str(config["seed"])]
     return shlex.join(words)
+
+
+def _call(config: Mapping, module: bool, arrays: bool) -> str:
+    """Returns the call of `cifar_jax.fit`; arrays are told as `...`, a module as its class."""
+    given = {name: value for name, (value, _) in differences(config).items()}
+    if module:
+        given["model"] = _Verbatim(config["recipe"]["model"].replace(":", "."))
+    data = given.pop("dataset", None)
+    if data:
+        given["data"] = ... if arrays else data
+    seeds = config.get("seeds")
+    given |= {"seeds": tuple(seeds)} if seeds else {"seed": config["seed"]}
+    words = [f"{k}={'...' if v is ... else repr(v)}" for k, v in given.items()]
+    return f"cifar_jax.fit({', '.join([repr(config['recipe_name']), *words])})"
+
+
+class _Verbatim(str):
+    """Text that is a name in Python."""
+
+    __repr__ = str.__str__
 
 
 def seeds_text(seeds: Sequence[int]) -> str:

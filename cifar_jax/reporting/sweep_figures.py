@@ -1,4 +1,4 @@
-"""Pictures of a sweep: the accuracy along its axes."""
+"""Pictures of a sweep (accuracy along its axes) and of a ramp (loss along learning rates)."""
 
 from __future__ import annotations
 
@@ -192,4 +192,31 @@ def _scatter(names, points, path, heading, best) -> Path:
             axis.plot(*at, "o", mfc="none", mec=plots.INK, mew=2, ms=13, label=_BEST)
         if best is not None or not good.all():
             figure.legend(loc="outside lower center", fontsize=8.5)
+    return path
+
+
+def ramp(losses: np.ndarray, rates: np.ndarray, found, path: Path, *, heading: str) -> Path:
+    """Draws the loss along a ramp of the learning rate.
+
+    Args:
+      losses: float [R, steps], of each run's batches.
+      rates: float [steps].
+      found: the `rate_ramp.Found` of them.
+    """
+    with plots.drawing(path, 7.5, 4.2, palette=256) as figure:
+        axis = figure.subplots()
+        axis.plot(rates, losses.mean(axis=0), ".", color="#BBBBBB", ms=3, label="mean of a step")
+        axis.plot(rates, found.smooth, color=plots.BLUE, lw=2, label="smoothed")
+        axis.plot(found.lowest_at, found.lowest, "o", color=plots.INK, ms=6, label="lowest")
+        if found.suggestion:
+            label = f"suggestion: {found.suggestion:g}"
+            axis.axvline(found.suggestion, color=plots.ORANGE, lw=1.8, label=label)
+        height = max(found.first - found.lowest, 0.02)
+        axis.set_ylim(found.lowest - 0.3 * height, found.first + 0.8 * height)
+        axis.set_xscale("log")
+        axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axis.set(title=heading, xlabel="learning rate", ylabel="training loss")
+        axis.grid()
+        axis.set_axisbelow(True)
+        figure.legend(loc="outside lower center", ncols=4, fontsize=8.5)
     return path

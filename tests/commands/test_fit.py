@@ -124,6 +124,12 @@ def test_a_module_and_arrays_in_another_thread(make, data):
     thread.join()
     assert found[0].summary["parameters"] == 3072 * 10 + 10
     assert found[0].run.config.recipe.model.endswith(":Flat")
+    # A shell has neither of the two, so what trains it again is the call.
+    command = found[0].summary["command"]
+    assert command.startswith("cifar_jax.fit('adam', ")
+    assert f"model={Flat.__module__}.Flat, " in command
+    assert "data=..., " in command
+    assert command.endswith("seed=42)")
 
 
 def test_many_seeds_are_one_result(data, small, tmp_path):

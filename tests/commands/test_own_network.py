@@ -8,8 +8,10 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
-from tiny_data import snapshot, words
+from tiny_data import rows_of, snapshot, words
 
+import cifar_jax
+from cifar_jax import _cli as cli
 from cifar_jax import convert, evaluate, export, predict, sweep, train
 from cifar_jax.models import own
 from cifar_jax.runtime.errors import UserError, run_command
@@ -126,6 +128,46 @@ def test_every_command_takes_it(trained, place, tmp_path):
     run(train, *words(options), "--seeds", "0:2", "--workdir", tmp_path / "many")
     again, _ = run(evaluate, tmp_path / "many" / "seed-1", "--json")
     assert again["test_correct"] == 24
+
+
+@pytest.mark.extended
+def test_python_and_batched_replicas_train_the_same(trained, tmp_path):
+    """`fit` and `--replica-form vmap` give what the command gave, in plain layers."""
+    folder, summary, options = trained
+    run(
+        *(train, *words(options), "--seeds", "42,43"),
+        *("--replica-form", "vmap", "--workdir", tmp_path / "many"),
+    )
+    images = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3)).astype(np.uint8)
+    logits = evaluation.load(folder).logits(images)
+    # Losses, not weights: where nothing is left to learn, Adam scales rounding up to whole steps.
+    epochs = [rows_of(run, "epoch") for run in (folder, tmp_path / "many" / "seed-42")]
+    for alone, batched in zip(*epochs, strict=True):
+        assert batched["train_loss"] == pytest.approx(alone["train_loss"], rel=1e-5)
+    result = cifar_jax.fit(
+        "adam",
+        model=summary["recipe"]["model"],
+        model_option=["width=3"],
+        data="folder:photos",
+        **{"epochs": 2, "batch_size": 16, "learning_rate": 0.02, "verbose": False},
+    )
+    assert result.summary["test_loss"] == summary["test_loss"]
+    np.testing.assert_allclose(result.predict(images), jax.nn.softmax(logits), rtol=1e-5, atol=1e-9)
+
+
+def test_its_file_is_imported_on_the_device_asked_for(place, tmp_path):
+    """At `--batch-size 4` a network is sized before the device is taken."""
+    (tmp_path / "early.py").write_text(f"import jax\nSEEN = jax.config.jax_platforms\n{LINEN}")
+    given = words(f"--model {tmp_path}/early.py:Five --batch-size 4 --device cpu")
+    shutil.copy(place / "beside.py", tmp_path)
+    options = train.make_parser().parse(given)
+    before = jax.config.jax_platforms
+    try:
+        jax.config.update("jax_platforms", None)
+        cli.start_device(options, cli.recipe_from(options)[1])
+        assert own._module_of(options.model).SEEN == "cpu"
+    finally:
+        jax.config.update("jax_platforms", before)
 
 
 def test_a_sweep_varies_its_settings(place, tmp_path):
