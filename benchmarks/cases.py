@@ -12,8 +12,8 @@ from cifar_jax.runtime.errors import UserError, lookup
 BATCHES = (4, 20, 128, 512, 2048)
 PLAIN = "benchmarks/plain_networks.py"  # networks in nothing but Flax
 ALL_RECIPES = RECIPES | {
-    # A usual rate, 0.1, triples a difference of rounding at every step, so that the first fifty losses
-    # of two right sides differ by a hundredth. The speed is the same.
+    # A usual rate, 0.1, triples a difference of rounding at every step, so that the first fifty
+    # losses of two right sides differ by a hundredth. The speed is the same.
     "small_resnet": Recipe(
         model=f"{PLAIN}:SmallResNet", batch_size=128, learning_rate=0.001, momentum=0.9
     )

@@ -4,8 +4,8 @@ large, and what the loss on the way says of the rate to take.
 Smith 2017, "Cyclical learning rates for training neural networks" (arXiv:1506.01186), section 3.3.
 The rate rises exponentially, and what is taken is a tenth of that of the lowest loss, as fastai's
 `lr_find` has it ("minimum"). The loss is the mean of several seeds: batches of four images are too
-noisy for one. As lowest counts where it is first down but for a twentieth: images that are learned
-by heart on the way keep a loss near 0 at any higher rate.
+noisy for one. Images that are learned by heart on the way keep a loss near 0 at any higher rate;
+there the first rate counts that comes near it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ LEAST_STEPS, MOST_STEPS = 100, 2_000
 LOOK = 20  # steps between two looks at the losses
 WIDTH = 0.02  # standard deviation of the smoothing, of the whole ramp
 BELOW_LOWEST = 10.0
-LEFT = 0.05  # of the way down
+LEFT = 0.02  # of the way down, where the loss does not rise again
 # The lowest loss must lie so many standard errors below where the ramp began.
 CLEARLY = 5.0
 
@@ -109,7 +109,7 @@ class Found:
 
     Attributes:
       suggestion: the learning rate to take, two digits; None where `why` there is none.
-      lowest_at: the rate at which the smoothed loss is first about its lowest.
+      lowest_at: the rate of the lowest smoothed loss.
       lowest, first: that lowest loss, and the mean of the first tenth of the ramp.
       smooth: the smoothed mean loss, float64 [steps], of the steps taken.
       why: what is wrong and what to do, else "".
@@ -139,11 +139,14 @@ def read(losses: np.ndarray, ramp: Sequence[float]) -> Found:
     mean, width = losses.mean(axis=0), WIDTH * len(ramp)
     smooth = smoothed(mean, width)
     first, lowest = float(mean[:early].mean()), float(smooth.min())
-    best = int(np.argmax(smooth <= lowest + LEFT * (first - lowest)))
+    height = first - lowest
+    best = int(np.argmin(smooth))
+    if smooth[-1] < lowest + height / 2:
+        best = int(np.argmax(smooth <= lowest + LEFT * height))
     # Of a mean under the window, which weighs 2 sqrt(pi) widths of independent steps.
     noise = float(mean[:early].std(ddof=1)) / np.sqrt(2 * np.sqrt(np.pi) * max(width, 1.0))
     lowest_at, why = float(ramp[best]), ""
-    if first - lowest < CLEARLY * noise:
+    if height < CLEARLY * noise:
         why = (
             f"the loss does not fall clearly anywhere (from {first:.3f} to {lowest:.3f}): give "
             f"--steps {2 * len(ramp)}, or more --seeds"

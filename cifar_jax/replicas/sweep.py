@@ -285,6 +285,7 @@ class Sweep:
         from cifar_jax.runtime.timing import Clock
         from cifar_jax.training import setup
         from cifar_jax.training.setup import make_run
+        from cifar_jax.training.summary import machine_lines
 
         rows, seconds = [], {}
         runs, points = counted(self.count, "run"), counted(len(self.points), "point")
@@ -300,6 +301,9 @@ class Sweep:
             lowering = replica_programs.choose_lowering(self.form, self.options.conv, base.model)
             options = dataclasses.replace(self.run_options, lowering=lowering)
             run = make_run(config, self.dataset, options, Clock())
+            if number == 0:
+                for line in machine_lines(run):
+                    say(line)
             members = [run.with_config(self._config_of(point, seed)) for point, seed in runs]
             plan = scheduler.make_plan(
                 run,

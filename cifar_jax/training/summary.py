@@ -87,9 +87,9 @@ def summarize(run: Run, trained: dict, found: dict) -> dict:
     }
 
 
-def opening_lines(run: Run, workdir: Path) -> list[str]:
-    """Returns what a run says before it trains: device, data, precision, model, directory."""
-    recipe, here = run.config.recipe, environment()
+def machine_lines(run: Run) -> list[str]:
+    """Returns what every command that trains says first: device, data set, precision."""
+    here = environment()
     device, cpu = here["device"], here["cpu"]
     where = f"{device['count']} x {device['kind']} ({device['platform']})"
     if device["platform"] == "cpu":
@@ -98,15 +98,22 @@ def opening_lines(run: Run, workdir: Path) -> list[str]:
             where += f", {hardware.computing_threads()} thread: faster for steps this small"
     if run.devices > 1:
         where += f", {run.devices} devices share each batch"
-    train = len(run.training)
+    return [
+        f"Device     {where}, jax {here['versions']['jax']}",
+        f"Data set   {run.dataset.source}",
+        f"Precision  {run.config.recipe.precision}, convolutions {run.options.lowering}",
+    ]
+
+
+def opening_lines(run: Run, workdir: Path) -> list[str]:
+    """Returns what a run says before it trains: device, data, precision, model, directory."""
+    recipe, train = run.config.recipe, len(run.training)
     tested = len(run.dataset.splits["test"].labels)
     split = f"{train:,} training, {len(run.validation):,} validation, {tested:,} test images"
     seeds = f"of each of {show_seeds(run.config.seeds)}" if run.config.seeds else run.config.seed
     lines = [
-        f"Device     {where}, jax {here['versions']['jax']}",
-        f"Data set   {run.dataset.source}",
+        *machine_lines(run),
         f"Split      {split}, seed {seeds}",
-        f"Precision  {recipe.precision}, convolutions {run.options.lowering}",
         f"Recipe     {run.config.recipe_name}: {describe(recipe)}",
         *run.notices,
         f"Workdir    {workdir}",

@@ -34,15 +34,14 @@ def losses_with_lowest_at(rate, seeds=4, depth=0.5, noise=0.02):
 @pytest.mark.parametrize("rate", [0.02, 0.3])
 def test_a_tenth_of_the_rate_of_the_lowest_loss_is_suggested(rate):
     found = rate_ramp.read(losses_with_lowest_at(rate), RAMP)
-    # First down but for a twentieth of 0.5: 0.13 decades before the lowest.
-    assert found.suggestion == pytest.approx(10**-0.13 * rate / 10, rel=0.15)
+    assert found.suggestion == pytest.approx(rate / 10, rel=0.25)
     assert found.first == pytest.approx(2.3, abs=0.01)
     assert found.lowest == pytest.approx(1.8, abs=0.05)
 
 
 def test_images_learned_by_heart_do_not_move_the_suggestion():
     """Their loss stays at 0 however high the rate goes."""
-    losses = losses_with_lowest_at(0.02)
+    losses = losses_with_lowest_at(0.02, noise=0)
     learned = losses.copy()
     learned[:, RAMP > 0.02] = losses.mean(axis=0).min()
     kept, found = rate_ramp.read(losses, RAMP), rate_ramp.read(learned, RAMP)
@@ -149,13 +148,14 @@ def test_bad_input(options, expected, tiny, tmp_path, capsys):
 
 
 def accuracies(recipe):
-    """{learning rate: mean test accuracy} of the committed sweep, at the recipe's momentum."""
+    """{learning rate: mean test accuracy} of the committed sweeps, at the recipe's momentum."""
     momentum = {"tutorial": 0.9, "dropout": 0.0}.get(recipe)
     found = {}
-    for row in csv.DictReader((RESULTS / f"sweep_{recipe}.csv").read_text().splitlines()):
-        if momentum is None or float(row["momentum"]) == momentum:
-            accuracy = float(row["test_accuracy"] or 0.1)  # diverged
-            found.setdefault(float(row["learning_rate"]), []).append(accuracy)
+    for name in (f"sweep_{recipe}.csv", f"sweep_{recipe}_near.csv"):
+        for row in csv.DictReader((RESULTS / name).read_text().splitlines()):
+            if float(row.get("momentum", momentum or 0)) == (momentum or 0):
+                accuracy = float(row["test_accuracy"] or 0.1)  # diverged
+                found.setdefault(float(row["learning_rate"]), []).append(accuracy)
     return {rate: np.mean(values) for rate, values in found.items()}
 
 
