@@ -255,6 +255,10 @@ def test_a_browser_shows_it_without_errors_requests_or_overlapping_text(
 
 TILES = "Array.from(document.querySelectorAll('#gallery > li:not([hidden])'))"
 SHOWN = f"{TILES}.map(x => ({{...x.dataset}}))"
+PRINTED = (
+    "Array.from(document.querySelectorAll('#gallery > li'))"
+    ".filter(x => getComputedStyle(x).display != 'none').map(x => ({...x.dataset}))"
+)
 
 
 def test_the_filters_filter(browser, complete):
@@ -285,9 +289,24 @@ def test_the_filters_filter(browser, complete):
     assert browser.evaluate("document.getElementById('shown').textContent").startswith("0 of 0")
 
 
+def test_on_paper_some_of_all_images_or_those_chosen(browser, complete):
+    browser.show(complete / "report.html", 1440)
+    browser.ask("Emulation.setEmulatedMedia", media="print")
+    some = browser.evaluate(PRINTED)
+    assert 20 <= len(some) <= 60
+    assert len({tile["t"] for tile in some}) > 5, "of all classes alike"
+    assert {tile["k"] for tile in some} == {"0", "1"}
+    choice = "x = document.getElementById('f-true'); x.value = '3'; "
+    browser.evaluate(choice + "x.dispatchEvent(new Event('input', {bubbles: true}))")
+    chosen = browser.evaluate(PRINTED)
+    assert chosen
+    assert all(tile["t"] == "3" for tile in chosen)
+    browser.ask("Emulation.setEmulatedMedia", media="")
+
+
 def test_without_javascript_everything_is_there_but_the_filters(browser, complete):
     browser.show(complete / "report.html", 1440, javascript=False)
-    tiles = len(re.findall('<li data-k="', text_of(complete / "report.html")))
+    tiles = len(re.findall('<li[^>]* data-k="', text_of(complete / "report.html")))
     assert len(browser.evaluate(SHOWN)) == tiles > 60
     assert (
         browser.evaluate("getComputedStyle(document.getElementById('filters')).display") == "none"

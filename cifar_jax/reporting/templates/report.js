@@ -20,6 +20,7 @@
     const shown = Math.min(fitting, most);
     get("shown").textContent = shown + " of " + fitting + " such images, " + tiles.length + " in all";
     get("more").hidden = shown === fitting;
+    get("gallery").classList.toggle("chosen", fitting < tiles.length);
   }
   const form = get("filters");
   form.hidden = false;
