@@ -3,7 +3,9 @@
 import csv
 import io
 import json
+import os
 import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from PIL import Image
 from tiny_data import complete, prepare_tiny, small, tiny, words
 
 from cifar_jax import compare, train
+from cifar_jax.parallel import programs
 from cifar_jax.recipes import RECIPES
 from cifar_jax.replicas import variants
 from cifar_jax.runtime.errors import UserError, run_command
@@ -94,6 +97,29 @@ def test_it_leaves_a_picture_and_nothing_to_do_again(done, tiny):
     assert again["seconds"]["training"] == summary["seconds"]["training"]
     with pytest.raises(UserError, match=r"holds another run; .*variants"):
         start(tiny, workdir, "--seeds", "0:5", what=[*VARIANTS[:3]])
+
+
+@pytest.mark.extended
+def test_stopped_in_the_middle_it_goes_on_to_the_same_figures(done, tiny, tmp_path, monkeypatch):
+    chunk, taken, said = programs.Chunks.next, [], []
+
+    def asked_to_stop(chunks, left):
+        taken.append(left)
+        if len(taken) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return min(chunk(chunks, left), 3)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(programs.Chunks, "next", asked_to_stop)
+        with pytest.raises(SystemExit) as stopped:
+            start(tiny, tmp_path / "run", "--seeds", "0:5", say=said.append)
+    assert stopped.value.code == 128 + signal.SIGTERM
+    assert said[-1].startswith("Go on with: python -m cifar_jax.compare ")
+    assert not (tmp_path / "run" / "results.csv").exists()
+    again = start(tiny, tmp_path / "run", "--seeds", "0:5")
+    assert again["comparisons"] == done[1]["comparisons"]
+    tables = [(folder / "results.csv").read_text() for folder in (done[0], tmp_path / "run")]
+    assert tables[0] == tables[1]
 
 
 @pytest.mark.slow
