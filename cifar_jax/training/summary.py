@@ -111,9 +111,12 @@ def opening_lines(run: Run, workdir: Path) -> list[str]:
     tested = len(run.dataset.splits["test"].labels)
     split = f"{train:,} training, {len(run.validation):,} validation, {tested:,} test images"
     seeds = f"of each of {show_seeds(run.config.seeds)}" if run.config.seeds else run.config.seed
+    device, data, precision = machine_lines(run)
     lines = [
-        *machine_lines(run),
+        device,
+        data,
         f"Split      {split}, seed {seeds}",
+        precision,
         f"Recipe     {run.config.recipe_name}: {describe(recipe)}",
         *run.notices,
         f"Workdir    {workdir}",

@@ -69,6 +69,7 @@ def test_a_command_names_all_that_makes_a_run():
     data = {"image_shape": [48, 48, 3], "test_fraction": 0.2}
     config = {"recipe_name": "dropout", "recipe": recipe.to_dict(), "seed": 1, "seeds": [1, 2, 3]}
     config |= {"dataset": data, "init_from": {"source": "old run"}}
+    config["code"] = {"file": "my net.py", "sha256": ""}
     said = shlex.split(command_of(config))[3:]
     options = train.make_parser().parse(said)
     assert options.model_option == ["a=1,2", "b=x"]
