@@ -60,11 +60,10 @@ class Processes:
             for process in self.running:
                 process.kill()
         texts = [output.read_text() for output in self.outputs]
-        # Gloo's threads write "[Gloo] Rank 0 is connected to ..." over each other.
-        keep = [
-            [line for line in t.splitlines() if not re.search(r"\[Gloo\]|peer ranks", line)]
-            for t in texts
-        ]
+        # Gloo's threads write "[Gloo] Rank 0 is connected to 3 peer ranks. Expected number of
+        # connected peer ranks is : 3" over each other, at times its number on a line of its own.
+        greeting = re.compile(r"\[Gloo\]|peer ranks|^\s*\d+\s*$")
+        keep = [[line for line in t.splitlines() if not greeting.search(line)] for t in texts]
         return status, keep
 
 
