@@ -75,23 +75,15 @@ def main(arguments: Sequence[str] | None = None, say=print) -> dict:
 
 def _group(options, name: str, recipe, workdir: Path, say):
     """Returns the runs, one a seed, after saying what they are. Raises `UserError`."""
-    from cifar_jax.models import own
     from cifar_jax.replicas import programs, scheduler
     from cifar_jax.replicas.group import Group
     from cifar_jax.reporting.console import counted
     from cifar_jax.runtime.timing import Clock
     from cifar_jax.training import setup, summary
-    from cifar_jax.training.workdir import Config, describe_data
+    from cifar_jax.training.workdir import config_of_seeds
 
     dataset = cli.load_data(options, recipe.dataset, test_fraction=options.test_fraction)
-    config = Config(
-        name,
-        recipe,
-        options.seeds[0],
-        describe_data(dataset),
-        seeds=options.seeds,
-        code=own.code_of(recipe.model),
-    )
+    config = config_of_seeds(name, recipe, dataset, options.seeds)
     form = programs.choose_form(options.replica_form)
     lowering = programs.choose_lowering(form, options.conv, recipe.model)
     run = setup.make_run(config, dataset, setup.Options(lowering=lowering), Clock())
@@ -99,8 +91,7 @@ def _group(options, name: str, recipe, workdir: Path, say):
     plan = scheduler.make_plan(run, count, form, options.devices, None, step)
     if plan.size < count:
         raise UserError(f"{counted(count, 'run')} do not fit in memory: give --seeds 0:{plan.size}")
-    opening = summary.opening_lines(run, workdir)
-    for line in [*opening[: opening.index("")], *scheduler.opening_lines(run, plan)]:
+    for line in [*summary.head_lines(run, workdir), *scheduler.opening_lines(run, plan)]:
         say(line)
     seeds = [dataclasses.replace(config, seed=seed, seeds=()) for seed in options.seeds]
     return Group([run.with_config(one) for one in seeds], plan.programs, say)

@@ -19,7 +19,6 @@ import sys
 from collections.abc import Sequence
 
 from cifar_jax import _cli as cli
-from cifar_jax.models import own
 from cifar_jax.recipes import MODEL_RECIPES, RECIPES
 from cifar_jax.replicas import sweep as sweeps
 from cifar_jax.replicas.sweep import Axis, Sweep
@@ -111,19 +110,12 @@ def _main(
     from cifar_jax.parallel import agreement
     from cifar_jax.replicas import shared_workdir, sweep_report
     from cifar_jax.train import interruptible
-    from cifar_jax.training.workdir import Config, describe_data
+    from cifar_jax.training.workdir import config_of_seeds
 
     dataset = cli.load_data(options, recipe.dataset, test_fraction=options.test_fraction)
-    config = Config(
-        name,
-        recipe,
-        options.seeds[0],
-        describe_data(dataset),
-        seeds=options.seeds,
-        code=own.code_of(recipe.model),
-        axes={axis.name: axis.text for axis in varied}
-        | ({"random": [options.random, options.random_seed]} if options.random else {}),
-    )
+    axes = {axis.name: axis.text for axis in varied}
+    axes |= {"random": [options.random, options.random_seed]} if options.random else {}
+    config = config_of_seeds(name, recipe, dataset, options.seeds, axes)
     workdir = absolute(options.workdir or f"runs/sweep-{name}")
     sweep = Sweep(config, dataset, varied, points, options, process)
     settings = {

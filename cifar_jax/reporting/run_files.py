@@ -147,22 +147,16 @@ def command(config: Mapping) -> str:
 
 def _call(config: Mapping, module: bool, arrays: bool) -> str:
     """Returns the call of `cifar_jax.fit`; arrays are told as `...`, a module as its class."""
-    given = {name: value for name, (value, _) in differences(config).items()}
+    words = {name: repr(value) for name, (value, _) in differences(config).items()}
     if module:
-        given["model"] = _Verbatim(config["recipe"]["model"].replace(":", "."))
-    data = given.pop("dataset", None)
+        words["model"] = config["recipe"]["model"].replace(":", ".")
+    data = words.pop("dataset", None)
     if data:
-        given["data"] = ... if arrays else data
+        words["data"] = "..." if arrays else data
     seeds = config.get("seeds")
-    given |= {"seeds": tuple(seeds)} if seeds else {"seed": config["seed"]}
-    words = [f"{k}={'...' if v is ... else repr(v)}" for k, v in given.items()]
-    return f"cifar_jax.fit({', '.join([repr(config['recipe_name']), *words])})"
-
-
-class _Verbatim(str):
-    """Text that is a name in Python."""
-
-    __repr__ = str.__str__
+    words |= {"seeds": repr(tuple(seeds))} if seeds else {"seed": repr(config["seed"])}
+    given = [f"{name}={value}" for name, value in words.items()]
+    return f"cifar_jax.fit({', '.join([repr(config['recipe_name']), *given])})"
 
 
 def seeds_text(seeds: Sequence[int]) -> str:

@@ -105,28 +105,28 @@ def machine_lines(run: Run) -> list[str]:
     ]
 
 
-def opening_lines(run: Run, workdir: Path) -> list[str]:
-    """Returns what a run says before it trains: device, data, precision, model, directory."""
-    recipe, train = run.config.recipe, len(run.training)
+def head_lines(run: Run, workdir: Path) -> list[str]:
+    """Returns `machine_lines` with what is trained on, how, and where it is kept."""
     tested = len(run.dataset.splits["test"].labels)
-    split = f"{train:,} training, {len(run.validation):,} validation, {tested:,} test images"
+    split = f"{len(run.training):,} training, {len(run.validation):,} validation, {tested:,} test"
     seeds = f"of each of {show_seeds(run.config.seeds)}" if run.config.seeds else run.config.seed
     device, data, precision = machine_lines(run)
-    lines = [
+    return [
         device,
         data,
-        f"Split      {split}, seed {seeds}",
+        f"Split      {split} images, seed {seeds}",
         precision,
-        f"Recipe     {run.config.recipe_name}: {describe(recipe)}",
+        f"Recipe     {run.config.recipe_name}: {describe(run.config.recipe)}",
         *run.notices,
         f"Workdir    {workdir}",
-        "",
-        format_table(
-            summarise(run.model, setup.input_shape(recipe, run.config.dataset["image_shape"]))
-        ),
-        "",
     ]
-    return lines + vgg_lines(run)
+
+
+def opening_lines(run: Run, workdir: Path) -> list[str]:
+    """Returns what a run says before it trains: device, data, precision, model, directory."""
+    shape = setup.input_shape(run.config.recipe, run.config.dataset["image_shape"])
+    table = format_table(summarise(run.model, shape))
+    return [*head_lines(run, workdir), "", table, "", *vgg_lines(run)]
 
 
 def vgg_lines(run: Run) -> list[str]:

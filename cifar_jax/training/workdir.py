@@ -112,6 +112,14 @@ def describe_data(dataset) -> dict:
     }
 
 
+def config_of_seeds(
+    name: str, recipe: Recipe, dataset, seeds: tuple[int, ...], axes: dict | None = None
+) -> Config:
+    """Returns the config of runs of one recipe, a seed each, with the code of its network."""
+    data, code = describe_data(dataset), own.code_of(recipe.model)
+    return Config(name, recipe, seeds[0], data, seeds=seeds, code=code, axes=axes)
+
+
 def write_config(path: Path, config: Config) -> None:
     """Writes `config.json`, and the copy of a network of the user's own before it."""
     own.keep_copy(config.code, path)

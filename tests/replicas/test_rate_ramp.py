@@ -3,7 +3,6 @@
 import csv
 import functools
 import json
-import os
 from pathlib import Path
 
 import jax
@@ -160,12 +159,8 @@ def accuracies(recipe):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    not Path(os.environ.get("TFDS_DATA_DIR", "/nonexistent"), "cifar10").is_dir(),
-    reason="TFDS_DATA_DIR holds no prepared CIFAR-10",
-)
 @pytest.mark.parametrize("recipe", ["tutorial", "adam", "dropout"])
-def test_the_suggestion_lies_in_the_good_band_of_the_sweeps(recipe, tmp_path):
+def test_the_suggestion_lies_in_the_good_band_of_the_sweeps(recipe, cifar10, tmp_path):
     suggestion = find_lr.main(["--recipe", recipe, "--workdir", str(tmp_path)])["suggestion"]
     measured = accuracies(recipe)
     rates = sorted(measured)
